@@ -1,0 +1,1 @@
+"""The HTTP side: from bytes on the wire to calls on the Summarizer and back."""

@@ -1,0 +1,127 @@
+"""The Summarizer as the ingress sees it, over a Ray Serve `DeploymentHandle`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import NoReturn
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.calls import Call, Outcome, Probe, Rejected
+from serve_app.config import Limits
+from serve_app.engine.protocol import Failed, FailureReason, Finished, Tokens
+from serve_app.errors import (
+    DeadlineError,
+    EngineError,
+    OverloadedError,
+    ServiceError,
+    UnavailableError,
+)
+
+logger = logging.getLogger(__name__)
+
+_GONE = (RayActorError, ReplicaUnavailableError)
+
+
+class RayBackend:
+    """Implements `serve_app.calls.Backend`."""
+
+    def __init__(self, handle: DeploymentHandle, limits: Limits) -> None:
+        self._run = handle.options(method_name="run")
+        self._stream = handle.options(method_name="stream", stream=True)
+        self._probe = handle.options(method_name="probe")
+        self._limits = limits
+
+    async def run(self, call: Call) -> Finished:
+        """See `Backend.run`. A call whose replica dies is run once more elsewhere."""
+        for last in (False, True):
+            response = self._run.remote(call)
+            try:
+                return _finished(await response, self._limits)
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except Exception as error:
+                if last or not isinstance(error, _GONE):
+                    self._translate(error)
+                logger.warning("a replica died under a request; trying another")
+        raise AssertionError("unreachable")
+
+    async def stream(self, call: Call) -> AsyncGenerator[Tokens | Finished]:
+        """See `Backend.stream`. Tried once more only while nothing has been streamed."""
+        for last in (False, True):
+            started = False
+            response = self._stream.remote(call)
+            over = False
+            try:
+                async for event in response:
+                    if isinstance(event, Tokens):
+                        started = True
+                        yield event
+                    else:
+                        over = True
+                        yield _finished(event, self._limits)
+                return
+            except Exception as error:
+                over = True
+                if last or started or not isinstance(error, _GONE):
+                    self._translate(error)
+                logger.warning("a replica died under a request; trying another")
+            finally:
+                if not over:
+                    response.cancel()
+
+    async def probe(self, max_age_s: float) -> Probe:
+        """See `Backend.probe`."""
+        try:
+            probe: Probe = await self._probe.remote(max_age_s)
+        except Exception as error:
+            self._translate(error)
+        return probe
+
+    def _translate(self, error: Exception) -> NoReturn:
+        if isinstance(error, ServiceError):
+            raise error
+        if isinstance(error, BackPressureError):
+            raise OverloadedError(
+                "every replica is at its limit of ongoing requests",
+                self._limits.full_status,
+                error.retry_after_s or 1,
+                self._limits.max_retry_after_s,
+            ) from error
+        if isinstance(error, (*_GONE, DeploymentUnavailableError)):
+            detail = "the replica that worked on this request died, and so did the next"
+            if isinstance(error, DeploymentUnavailableError):
+                detail = "the summarizer has no healthy replica"
+            raise UnavailableError(detail, Retry_After="5") from error
+        if isinstance(error, RayTaskError):
+            logger.error("the summarizer raised", exc_info=error)
+            raise EngineError("the summarizer failed; its log has the cause") from error
+        raise error
+
+
+def _finished(outcome: Outcome, limits: Limits) -> Finished:
+    """The result, or the `ServiceError` that says why there is none."""
+    if isinstance(outcome, Finished):
+        return outcome
+    if isinstance(outcome, Rejected):
+        raise OverloadedError(
+            outcome.message,
+            limits.full_status,
+            outcome.load.retry_after_s(),
+            limits.max_retry_after_s,
+        )
+    assert isinstance(outcome, Failed)
+    if outcome.reason is FailureReason.DEADLINE:
+        raise DeadlineError("the request's deadline passed before the summary was done")
+    if outcome.reason is FailureReason.CANCELLED:
+        raise UnavailableError("the replica is shutting down", Retry_After="1")
+    raise EngineError(f"the engine failed on this text: {outcome.message}")

@@ -1,0 +1,91 @@
+"""The parts of the OpenAPI document that FastAPI cannot derive.
+
+Bodies are read by our own code (two content types, exact errors), so their schemas are declared
+here, from the same pydantic models that validate them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from serve_app.api.schemas import BatchRequest, HfRequest, Problem, SummarizeRequest
+
+_REF = "#/components/schemas/{model}"
+_EXAMPLE = {
+    "text": "Ray is a framework for scaling Python applications. …",
+    "length": {"words": 20},
+}
+
+_PROBLEMS = {
+    400: "The body is not JSON, or not text",
+    401: "No token, or an unknown, expired or revoked one",
+    408: "The request's deadline passed",
+    413: "The body is too large",
+    415: "The content type or encoding is not understood",
+    422: "A field breaks a rule or a limit",
+    429: "Over a limit; see Retry-After",
+    500: "An error inside the service",
+    503: "Overloaded or unavailable; see Retry-After",
+}
+
+
+def _body(model: type[BaseModel], example: dict[str, Any], *, text: bool = False) -> dict[str, Any]:
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "example": example}}
+    if text:
+        content["text/plain"] = {"schema": {"type": "string"}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+summarize_body = _body(SummarizeRequest, _EXAMPLE, text=True)
+batch_body = _body(BatchRequest, {"texts": ["First text.", "Second text."]})
+hf_body = _body(HfRequest, {"inputs": "A text."})
+
+
+def describe(app: FastAPI) -> None:
+    """Complete the application's OpenAPI document: bodies, problems, the event stream."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema:
+            return app.openapi_schema
+        document = generate()
+        models: list[tuple[type[BaseModel], Any]] = [
+            (model, "validation") for model in (SummarizeRequest, BatchRequest, HfRequest, Problem)
+        ]
+        _, definitions = models_json_schema(models, ref_template=_REF)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(definitions["$defs"])
+        for path, item in document["paths"].items():
+            for operation in item.values():
+                _add_problems(path, operation)
+        stream = document["paths"]["/v1/summarize"]["post"]["responses"]["200"]["content"]
+        stream["text/event-stream"] = {
+            "schema": {
+                "type": "string",
+                "description": "Events start, chunk (a part of a long text is done), delta "
+                "(their texts concatenate to the summary), then done (the whole answer) or error.",
+            }
+        }
+        app.openapi_schema = document
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_problems(path: str, operation: dict[str, Any]) -> None:
+    if path.startswith("/healthz"):
+        return
+    codes = (503,) if path == "/readyz" else tuple(_PROBLEMS)
+    if "requestBody" not in operation and path != "/readyz":
+        codes = (401, 500)
+    for code in codes:
+        schema = {"$ref": _REF.format(model="Problem")}
+        operation["responses"][str(code)] = {
+            "description": _PROBLEMS[code],
+            "content": {"application/problem+json": {"schema": schema}},
+        }

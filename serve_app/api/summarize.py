@@ -1,0 +1,225 @@
+"""The routes that summarize: one text, many texts, the Hugging Face task, the model's facts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+
+from serve_app.api.openapi import batch_body, hf_body, summarize_body
+from serve_app.api.requests import Job, decide, from_hf, read_json, read_summarize
+from serve_app.api.schemas import (
+    BatchItem,
+    BatchRequest,
+    BatchResponse,
+    HfRequest,
+    HfResponse,
+    Problem,
+    SummarizeResponse,
+)
+from serve_app.api.service import Delta, PartDone, ServiceEvent, Started, SummaryService
+from serve_app.errors import ServiceError, invalid
+
+router = APIRouter()
+
+_KEEPALIVE_S = 10.0
+_STATUS_HELD_S = 0.25
+
+
+@router.post(
+    "/v1/summarize",
+    summary="Summarize a text",
+    tags=["summarize"],
+    response_model=SummarizeResponse,
+    openapi_extra=summarize_body,
+)
+async def summarize(request: Request) -> Response:
+    """Summarize one text, at once or as server-sent events."""
+    service = _service(request)
+    body = await read_summarize(request)
+    job = decide(body.text, body, service.defaults, service.limits)
+    _note(request, characters=len(body.text))
+    if body.stream or _wants_events(request):
+        return await _stream(request, service, job)
+    response = await service.summarize(job)
+    _account(request, [response])
+    return JSONResponse(response.model_dump())
+
+
+@router.post(
+    "/v1/summarize/batch",
+    summary="Summarize several texts",
+    tags=["summarize"],
+    response_model=BatchResponse,
+    openapi_extra=batch_body,
+)
+async def summarize_batch(request: Request) -> Response:
+    """Summarize several texts; each gets a result or an error of its own, in order."""
+    service = _service(request)
+    body = await read_json(request, BatchRequest)
+    limit = service.limits.batch_texts
+    if len(body.texts) > limit:
+        message = f"must have at most {limit} texts, has {len(body.texts)}"
+        raise invalid("texts", message, limit=limit, value=len(body.texts))
+    # Settings are the same for all: what is wrong with them is wrong with the request.
+    decide("text", body, service.defaults, service.limits)
+
+    async def one(index: int, text: str) -> BatchItem:
+        try:
+            job = decide(text, body, service.defaults, service.limits, f"texts.{index}")
+            return BatchItem(index=index, result=await service.summarize(job))
+        except ServiceError as error:
+            problem = error.problem(request.state.request_id)
+            return BatchItem(index=index, error=Problem.model_validate(problem))
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(i, text)) for i, text in enumerate(body.texts)]
+    items = [task.result() for task in tasks]
+    _note(request, characters=sum(map(len, body.texts)), texts=len(items))
+    _account(request, [item.result for item in items if item.result is not None])
+    answer = BatchResponse(id=f"bat-{uuid.uuid4().hex}", results=items)
+    return JSONResponse(answer.model_dump(exclude_none=True))
+
+
+@router.post(
+    "/hf/summarization",
+    summary="The Hugging Face Inference API's summarization task",
+    tags=["compatibility"],
+    response_model=list[HfResponse],
+    openapi_extra=hf_body,
+)
+async def hf_summarization(request: Request) -> Response:
+    """What `huggingface_hub.InferenceClient(model=URL).summarization(text)` calls."""
+    service = _service(request)
+    body = from_hf(await read_json(request, HfRequest))
+    job = decide(body.text, body, service.defaults, service.limits, "inputs")
+    _note(request, characters=len(body.text))
+    response = await service.summarize(job)
+    _account(request, [response])
+    return JSONResponse([HfResponse(summary_text=response.summary).model_dump()])
+
+
+@router.get("/v1/models", summary="The model, its defaults and the limits", tags=["models"])
+async def models(request: Request) -> dict[str, Any]:
+    """The one model this service runs."""
+    service = _service(request)
+    defaults = service.defaults
+    model = {
+        "id": service.model.name,
+        "object": "model",
+        "revision": service.model.revision,
+        "max_input_tokens_per_part": service.max_input_tokens,
+        "defaults": {name: getattr(defaults, name) for name in defaults.__slots__},
+        "limits": service.limits.model_dump(),
+    }
+    return {"object": "list", "data": [model]}
+
+
+def _service(request: Request) -> SummaryService:
+    service: SummaryService = request.app.state.service
+    return service
+
+
+def _wants_events(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "").lower()
+
+
+async def _stream(request: Request, service: SummaryService, job: Job) -> Response:
+    """Server-sent events.
+
+    The status line is held back until the first event, and a moment longer, so that a text that
+    is refused or a queue that is full still gets a status of its own.
+    """
+    events = service.events(job, stream=True)
+    try:
+        first = await anext(events)
+        second = asyncio.ensure_future(anext(events))
+        try:
+            await asyncio.wait([second], timeout=_STATUS_HELD_S)
+        except BaseException:
+            second.cancel()
+            raise
+        if second.done() and isinstance(error := second.exception(), ServiceError):
+            raise error
+    except BaseException:
+        await events.aclose()
+        raise
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return EventSourceResponse(_frames(request, first, second, events), headers=headers)
+
+
+async def _frames(
+    request: Request,
+    first: ServiceEvent,
+    second: asyncio.Future[ServiceEvent],
+    events: AsyncGenerator[ServiceEvent],
+) -> AsyncIterator[bytes]:
+    pending: asyncio.Future[ServiceEvent] | None = second
+    try:
+        yield _frame(*_event(first))
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait([pending], timeout=_KEEPALIVE_S)
+            if not done:
+                yield KEEPALIVE_COMMENT
+                continue
+            task, pending = pending, None
+            event = task.result()
+            if isinstance(event, SummarizeResponse):
+                _account(request, [event])
+            yield _frame(*_event(event))
+    except StopAsyncIteration:
+        return
+    except ServiceError as error:
+        _note(request, problem=error.kind)
+        yield _frame("error", error.problem(request.state.request_id))
+    finally:
+        # The reader may have left: stop the work behind the stream before the stream ends.
+        if pending is not None:
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
+        await events.aclose()
+
+
+def _event(event: ServiceEvent) -> tuple[str, dict[str, Any]]:
+    match event:
+        case Started():
+            said = {"id": event.id, "model": event.model.model_dump(), "chunks": event.chunks}
+            return "start", said
+        case PartDone():
+            return "chunk", {**event.chunk.model_dump(), "chunks": event.chunks}
+        case Delta():
+            return "delta", {"text": event.text}
+        case SummarizeResponse():
+            return "done", event.model_dump()
+
+
+def _frame(name: str, data: dict[str, Any]) -> bytes:
+    return format_sse_event(event=name, data_str=json.dumps(data, ensure_ascii=False))
+
+
+def _note(request: Request, **facts: object) -> None:
+    """Add facts to the request's log line. Never text of a document."""
+    request.state.facts = {**getattr(request.state, "facts", {}), **facts}
+
+
+def _account(request: Request, responses: list[SummarizeResponse]) -> None:
+    """Put what the summaries cost into the log line and the metrics."""
+    for response in responses:
+        request.app.state.telemetry.summary(
+            truncated=response.truncated, chunks=response.usage.chunks
+        )
+    _note(
+        request,
+        input_tokens=sum(response.usage.input_tokens for response in responses),
+        output_tokens=sum(response.usage.output_tokens for response in responses),
+        chunks=sum(response.usage.chunks for response in responses),
+        truncated=sum(response.truncated for response in responses),
+    )

@@ -1,0 +1,46 @@
+"""Entry point of the Serve application: settings in, two bound deployments out.
+
+Two deployments, never one: the ingress takes no GPU, and in HAProxy mode Serve's autoscaler does
+not see what queues at an ingress replica, only what queues in front of the Summarizer.
+"""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve import Application
+
+from serve_app.api.deployment import Api
+from serve_app.config import ServiceSettings
+from serve_app.summarizer import Summarizer
+
+
+def build(args: ServiceSettings) -> Application:
+    """Build the application. Use as `serve_app.app:build` in a Serve config or with `serve run`.
+
+    Raises:
+        pydantic.ValidationError: from Serve, before this is called, on unknown or bad settings.
+    """
+    settings = args.model_dump(mode="json")
+    replicas, api = args.replicas, args.api
+    summarizer = serve.deployment(Summarizer).options(
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        autoscaling_config={
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            "initial_replicas": max(replicas.min, 1),
+            "target_ongoing_requests": replicas.target_ongoing_requests,
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
+        },
+        max_ongoing_requests=replicas.max_ongoing_requests,
+        graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
+        health_check_period_s=replicas.health_check_period_s,
+        health_check_timeout_s=replicas.health_check_timeout_s,
+    )
+    ingress = serve.deployment(Api).options(
+        num_replicas=api.replicas,
+        ray_actor_options={"num_cpus": api.num_cpus},
+        max_ongoing_requests=api.max_ongoing_requests,
+        graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
+    )
+    return ingress.bind(settings, summarizer.bind(settings))

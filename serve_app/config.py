@@ -1,0 +1,152 @@
+"""Settings of the service: one tree, unknown keys refused, the same in every entry point.
+
+`t5-serve run --config FILE`, `serve run serve_app.app:build model=…` and the `args:` of a Serve
+config all end in `ServiceSettings`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Settings):
+    """Which checkpoint, and how it is loaded."""
+
+    name: str = Field("demo", description="`demo`, a folder, or a hub repository")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub repository")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU (float16 overflows in T5)"
+    )
+    max_input_tokens: int | None = Field(
+        None, ge=16, le=8192, description="encoder input length; default: the model's own"
+    )
+
+
+class EngineSettings(_Settings):
+    """The engine inside each replica of the Summarizer."""
+
+    kind: Literal["transformers"] = "transformers"
+    threads: int = Field(0, ge=0, description="CPU threads; 0: the replica's num_cpus")
+    max_batch_size: int = Field(32, ge=1, le=1024)
+    max_batch_tokens: int = Field(16_384, ge=64, description="padded encoder tokens in a batch")
+    max_waiting_requests: int = Field(512, ge=1, description="queue bound, in documents or parts")
+    max_waiting_tokens: int = Field(262_144, ge=512, description="queue bound, in encoder tokens")
+    stall_s: float = Field(60, gt=0, description="busy this long without a step: unhealthy")
+
+
+class ReplicaSettings(_Settings):
+    """Replicas of the Summarizer and how Ray Serve scales and spreads them."""
+
+    min: int = Field(1, ge=0)
+    max: int = Field(1, ge=1)
+    num_cpus: float = Field(1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    target_ongoing_requests: float = Field(32, gt=0)
+    max_ongoing_requests: int = Field(1024, ge=1)
+    upscale_delay_s: float = Field(30, ge=0)
+    downscale_delay_s: float = Field(600, ge=0)
+    graceful_shutdown_timeout_s: float = Field(60, ge=0)
+    health_check_period_s: float = Field(10, gt=0)
+    health_check_timeout_s: float = Field(30, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicaSettings:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
+class ApiSettings(_Settings):
+    """Replicas of the HTTP ingress."""
+
+    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0, ge=0, description="0: it shares what the Summarizer leaves")
+    max_ongoing_requests: int = Field(1024, ge=1)
+    ready_step_age_s: float = Field(30, gt=0, description="/readyz: a step this recent is proof")
+    parts_in_flight: int = Field(
+        64, ge=1, description="parts of one request that may be in the engine's queue at once"
+    )
+
+
+class Limits(_Settings):
+    """What a request may ask for. Beyond it: an error naming the field, the limit, the value."""
+
+    body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    input_tokens: int = Field(200_000, ge=16, description="per text")
+    max_new_tokens: int = Field(512, ge=1, description="per summary")
+    num_beams: int = Field(8, ge=1)
+    batch_texts: int = Field(64, ge=1)
+    timeout_s: float = Field(300, gt=0, description="longest deadline a client may ask for")
+    default_timeout_s: float = Field(120, gt=0)
+    reduce_rounds: int = Field(6, ge=1, description="most levels of summaries of summaries")
+    max_retry_after_s: int = Field(120, ge=1)
+    full_status: Literal[429, 503] = Field(503, description="status when the queue is full")
+
+
+class AuthSettings(_Settings):
+    """Who may call.
+
+    token: `Authorization: Bearer`, checked here. trusted-header: something in front has checked
+    and names the client in a header; only safe where nothing else can reach the port.
+    """
+
+    mode: Literal["token", "trusted-header", "off"] = "token"
+    tokens_file: Path | None = Field(None, description="default: the user's own tokens file")
+    header: str = Field("X-Api-Client", pattern=r"^[A-Za-z0-9-]+$")
+
+
+class LogSettings(_Settings):
+    """Logs: JSON lines, never the text of a document."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+def _short(key: str) -> BeforeValidator:
+    """Let a plain string stand for a section's main key: `serve run` can only pass strings."""
+
+    def widen(value: Any) -> Any:
+        return {key: value} if isinstance(value, str) else value
+
+    return BeforeValidator(widen)
+
+
+def _replica_range(value: Any) -> Any:
+    """`N` or `MIN:MAX`, as `t5-serve run --replicas` takes them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", value)
+    if match is None:
+        raise ValueError("must be N or MIN:MAX")
+    low, high = match.group(1), match.group(2) or match.group(1)
+    return {"min": int(low), "max": int(high)}
+
+
+class ServiceSettings(_Settings):
+    """Everything `serve_app.app:build` takes."""
+
+    model: Annotated[ModelSettings, _short("name")] = ModelSettings()
+    engine: Annotated[EngineSettings, _short("kind")] = EngineSettings()
+    replicas: Annotated[ReplicaSettings, BeforeValidator(_replica_range)] = ReplicaSettings()
+    api: ApiSettings = ApiSettings()
+    limits: Limits = Limits()
+    auth: Annotated[AuthSettings, _short("mode")] = AuthSettings()
+    log: Annotated[LogSettings, _short("level")] = LogSettings()
+
+    @field_validator("auth")
+    @classmethod
+    def _absolute_tokens_file(cls, auth: AuthSettings) -> AuthSettings:
+        # Replicas have another working directory than whoever wrote the path.
+        if auth.tokens_file is None:
+            return auth
+        return auth.model_copy(update={"tokens_file": auth.tokens_file.expanduser().absolute()})

@@ -1,0 +1,1 @@
+"""T5 engines. Nothing in this package knows of Ray or HTTP."""

@@ -1,0 +1,60 @@
+"""Choose device, dtype and engine for a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.protocol import Emit, Engine
+from serve_app.engine.reference import ReferenceEngine
+
+
+class ModelOptions(Protocol):
+    """How to load the model; see `serve_app.config.ModelSettings`."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class EngineOptions(Protocol):
+    """Which engine and its bounds; see `serve_app.config.EngineSettings`."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def max_batch_size(self) -> int: ...
+    @property
+    def max_batch_tokens(self) -> int: ...
+    @property
+    def max_waiting_requests(self) -> int: ...
+    @property
+    def max_waiting_tokens(self) -> int: ...
+
+
+def build_engine(
+    checkpoint: Checkpoint, emit: Emit, *, model: ModelOptions, engine: EngineOptions, cpus: int
+) -> Engine:
+    """Load `checkpoint` into the engine that `engine.kind` names and start it."""
+    device = model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = model.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return ReferenceEngine(
+        checkpoint,
+        emit,
+        device=device,
+        dtype=dtype,
+        threads=engine.threads or cpus,
+        max_batch_size=engine.max_batch_size,
+        max_batch_tokens=engine.max_batch_tokens,
+        max_waiting_requests=engine.max_waiting_requests,
+        max_waiting_tokens=engine.max_waiting_tokens,
+    )

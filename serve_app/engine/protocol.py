@@ -1,0 +1,172 @@
+"""What the service asks of an engine, and what an engine answers.
+
+One engine runs on a thread of its own. Requests go in through `Engine.submit`; everything that
+happens afterwards comes back as lists of events through one callback, called on the engine's
+thread at most once per decode step, so that a step costs one crossing of threads however many
+requests it moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """Decoding settings of one request, named and meant as in `transformers.GenerationConfig`.
+
+    `min_new_tokens` and `max_new_tokens` count tokens after the decoder's start token, the end
+    token included. `early_stopping` and `length_penalty` only matter with `num_beams` > 1.
+    """
+
+    num_beams: int = 1
+    min_new_tokens: int = 0
+    max_new_tokens: int = 128
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    early_stopping: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One encoder input to summarize.
+
+    `input_ids` already carries prefix and end token. `deadline` is in `time.monotonic()` seconds
+    of the engine's own process. `stream` asks for `Tokens` events while decoding, which only
+    greedy requests can give: beams have no settled prefix before the end.
+    """
+
+    id: str
+    input_ids: Sequence[int]
+    settings: GenerationSettings
+    deadline: float | None = None
+    stream: bool = False
+
+
+class FinishReason(StrEnum):
+    """Why decoding ended."""
+
+    STOP = "stop"
+    MAX_NEW_TOKENS = "max_new_tokens"
+
+
+class FailureReason(StrEnum):
+    """Why a request ended without a result."""
+
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost. Times in milliseconds; tokens without the decoder's start and end."""
+
+    input_tokens: int
+    output_tokens: int
+    queue_ms: float
+    compute_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New output tokens of a streaming request, in order."""
+
+    id: str
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The whole output of a request: `ids` without start, end or padding tokens."""
+
+    id: str
+    ids: Sequence[int]
+    reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request is over and has no result."""
+
+    id: str
+    reason: FailureReason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRan:
+    """A batch went through the model; for metrics. `seconds` is wall time on the device."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    seconds: float
+    id: str = field(default="", init=False)
+
+
+Event = Tokens | Finished | Failed | BatchRan
+Emit = Callable[[list[Event]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Load figures of one engine at one moment.
+
+    `drain_tokens_per_s` is the measured rate at which input tokens leave the queue, or None
+    before anything has been measured. `last_step_age_s` is None before the first step.
+    """
+
+    waiting_requests: int
+    waiting_tokens: int
+    running_requests: int
+    steps: int
+    drain_tokens_per_s: float | None
+    last_step_age_s: float | None
+
+    def retry_after_s(self, extra_tokens: int = 0) -> float:
+        """Seconds until the tokens waiting now have drained at the measured rate."""
+        if not self.drain_tokens_per_s:
+            return 1.0
+        return (self.waiting_tokens + extra_tokens) / self.drain_tokens_per_s
+
+
+class QueueFullError(Exception):
+    """The engine's bounded queue cannot take the request. `load` is its state at that moment."""
+
+    def __init__(self, message: str, load: EngineLoad) -> None:
+        super().__init__(message, load)
+        self.message = message
+        self.load = load
+
+
+class EngineStoppedError(Exception):
+    """The engine takes no more requests: it is closing, or its thread has died."""
+
+
+class Engine(Protocol):
+    """A T5 engine. All methods may be called from any thread."""
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request; its events follow through the callback given at construction.
+
+        Raises:
+            QueueFullError: the bounded queue is full.
+            EngineStoppedError: the engine is closing or dead.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Stop work on a request before the next step. Unknown and finished ids are ignored."""
+
+    def load(self) -> EngineLoad:
+        """Load figures as of now."""
+
+    def stalled(self, limit_s: float) -> str | None:
+        """Say why the engine makes no progress, or None: busy without a step for `limit_s`."""
+
+    def close(self) -> None:
+        """Stop the thread; requests still inside fail as cancelled."""
