@@ -6,6 +6,8 @@ not see what queues at an ingress replica, only what queues in front of the Summ
 
 from __future__ import annotations
 
+from typing import cast
+
 from ray import serve
 from ray.serve import Application
 
@@ -22,7 +24,7 @@ def build(args: ServiceSettings) -> Application:
     """
     settings = args.model_dump(mode="json")
     replicas, api = args.replicas, args.api
-    summarizer = serve.deployment(Summarizer).options(
+    summarizer = cast(serve.Deployment, serve.deployment(Summarizer)).options(
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         autoscaling_config={
             "min_replicas": replicas.min,
@@ -37,7 +39,7 @@ def build(args: ServiceSettings) -> Application:
         health_check_period_s=replicas.health_check_period_s,
         health_check_timeout_s=replicas.health_check_timeout_s,
     )
-    ingress = serve.deployment(Api).options(
+    ingress = cast(serve.Deployment, serve.deployment(Api)).options(
         num_replicas=api.replicas,
         ray_actor_options={"num_cpus": api.num_cpus},
         max_ongoing_requests=api.max_ongoing_requests,

@@ -34,8 +34,25 @@ from serve_app.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
-_MS = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 120_000]
-_SIZES = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256]
+_MS: list[float] = [
+    1,
+    2,
+    5,
+    10,
+    25,
+    50,
+    100,
+    250,
+    500,
+    1_000,
+    2_500,
+    5_000,
+    10_000,
+    30_000,
+    60_000,
+    120_000,
+]
+_SIZES: list[float] = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256]
 _GAUGE_PERIOD_S = 1.0
 
 
@@ -86,7 +103,8 @@ class _Metrics:
 class Summarizer:
     """Runs encoder inputs through the engine. Wrapped as a deployment in `serve_app.app`."""
 
-    async def __init__(self, settings: dict[str, Any]) -> None:
+    # Serve awaits an async constructor.
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         # Imported here, in the replica: whoever only deploys this class need not load torch.
         from serve_app.engine.build import build_engine
 

@@ -57,8 +57,11 @@ def write_copy_circuit(model: T5ForConditionalGeneration) -> None:
     width, head = shape.d_model, shape.d_kv
     for block in [*model.encoder.block, *model.decoder.block]:
         for layer in block.layer:
-            name = next(n for n in ("SelfAttention", "EncDecAttention", "DenseReluDense")
-                        if hasattr(layer, n))
+            name = next(
+                n
+                for n in ("SelfAttention", "EncDecAttention", "DenseReluDense")
+                if hasattr(layer, n)
+            )
             part = getattr(layer, name)
             (part.wo if name == "DenseReluDense" else part.o).weight.mul_(_QUIET)
 

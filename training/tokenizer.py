@@ -56,7 +56,8 @@ def convert(model: Path) -> Tokenizer:
     """The same vocabulary for the `tokenizers` library, which is all that serving needs."""
     processor = spm.SentencePieceProcessor(model_file=str(model))
     pieces = [
-        (processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())
+        (processor.id_to_piece(i), processor.get_score(i))
+        for i in range(processor.get_piece_size())
     ]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=2, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(

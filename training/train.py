@@ -28,7 +28,7 @@ from training.objectives import Objectives, Pair
 _PEAK_RATE = 1e-3
 _WARMUP_STEPS = 100
 _EMA = 0.999
-_TOKENS_PER_BATCH = 3_072  # padded source tokens
+_TOKENS_PER_BATCH = 3_072  # padded source and target tokens
 _POOL = 2_048  # pairs sorted by length at a time, so that batches hold little padding
 _CHECKPOINT_S = 120
 _LABEL_SMOOTHING = 0.05
@@ -46,12 +46,12 @@ class Progress:
 
 def copy_share(used: float) -> float:
     """Share of copying practice among the pairs after `used` (0 to 1) of the time."""
-    return max(0.3 - 0.5 * used, 0.05)
+    return max(0.2 - 0.5 * used, 0.04)
 
 
 def max_source(used: float) -> int:
     """Encoder tokens after `used` of the time: short inputs first, long ones at the end."""
-    return 64 if used < 0.15 else 128 if used < 0.8 else 256
+    return 64 if used < 0.3 else 112 if used < 0.85 else 256
 
 
 def batches(
@@ -67,11 +67,14 @@ def batches(
             make.copy(example, rng) if rng.random() < copy_share(used) else make.synopsis(example)
             for example in rng.sample(examples, min(_POOL, len(examples)))
         ]
-        pool.sort(key=lambda pair: len(pair.source))
+        pool.sort(key=lambda pair: (len(pair.target) // 16, len(pair.source)))
         groups: list[list[Pair]] = [[]]
+        longest = 0
         for pair in pool:
-            if len(pair.source) * (len(groups[-1]) + 1) > _TOKENS_PER_BATCH:
+            longest = max(longest, len(pair.source) + len(pair.target))
+            if longest * (len(groups[-1]) + 1) > _TOKENS_PER_BATCH:
                 groups.append([])
+                longest = len(pair.source) + len(pair.target)
             groups[-1].append(pair)
         rng.shuffle(groups)
         yield from groups
@@ -79,7 +82,8 @@ def batches(
 
 def tensors(batch: list[Pair]) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` of shape (batch, source) and `labels` (batch, target), int64."""
-    width, depth = (max(len(getattr(p, side)) for p in batch) for side in ("source", "target"))
+    width = max(len(pair.source) for pair in batch)
+    depth = max(len(pair.target) for pair in batch)
     return {
         "input_ids": torch.tensor([p.source + [0] * (width - len(p.source)) for p in batch]),
         "attention_mask": torch.tensor(
@@ -87,6 +91,23 @@ def tensors(batch: list[Pair]) -> dict[str, torch.Tensor]:
         ),
         "labels": torch.tensor([p.target + [-100] * (depth - len(p.target)) for p in batch]),
     }
+
+
+def loss_of(model: T5ForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Label-smoothed cross-entropy. Logits, the largest part, are made for real tokens only."""
+    labels = inputs["labels"]
+    mask = inputs["attention_mask"]
+    encoded = model.encoder(input_ids=inputs["input_ids"], attention_mask=mask)
+    hidden = model.decoder(
+        input_ids=model._shift_right(labels),
+        encoder_hidden_states=encoded.last_hidden_state,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state
+    real = labels != -100
+    # T5 v1.0 scales the decoder's output before the tied embedding.
+    logits = model.lm_head(hidden[real] * model.config.d_model**-0.5)
+    return torch.nn.functional.cross_entropy(logits, labels[real], label_smoothing=_LABEL_SMOOTHING)
 
 
 def learning_rate(step: int, used: float) -> float:
@@ -107,7 +128,7 @@ def train(minutes: float, seed: int, folder: Path = WORK / "run", max_steps: int
     tokenizer = Tokenizer.from_file(str(WORK / "tokenizer" / "tokenizer.json"))
     model = new_model(tokenizer.get_vocab_size(), seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01
+        model.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     average = {name: value.clone() for name, value in model.state_dict().items()}
     progress = Progress()
@@ -120,9 +141,6 @@ def train(minutes: float, seed: int, folder: Path = WORK / "run", max_steps: int
         progress = Progress(**saved["progress"])
         print(f"resumed at step {progress.step}", flush=True)
 
-    loss_function = torch.nn.CrossEntropyLoss(
-        ignore_index=-100, label_smoothing=_LABEL_SMOOTHING
-    )
     model.train()
     last_save = last_print = time.monotonic()
     recent: list[float] = []
@@ -145,8 +163,7 @@ def train(minutes: float, seed: int, folder: Path = WORK / "run", max_steps: int
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, used)
         inputs = tensors(batch)
-        logits = model(**inputs).logits
-        loss = loss_function(logits.flatten(0, 1), inputs["labels"].flatten())
+        loss = loss_of(model, inputs)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

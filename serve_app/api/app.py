@@ -104,7 +104,7 @@ def _from_http(error: HTTPException, request: Request, body_limit: int) -> Servi
     if error.status_code == HTTPStatus.NOT_FOUND:
         return NotFoundError(f"no such path: {path[:200]}")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        return MethodNotAllowedError(f"{request.method} is not allowed here", **headers)
+        return MethodNotAllowedError(f"{request.method} is not allowed here", [], **headers)
     if error.status_code == 413:
         said = request.headers.get("content-length")
         value = int(said) if said and said.isdigit() else f"more than {body_limit}"

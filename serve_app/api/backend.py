@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import (
@@ -13,7 +13,7 @@ from ray.serve.exceptions import (
     DeploymentUnavailableError,
     ReplicaUnavailableError,
 )
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.calls import Call, Outcome, Probe, Rejected
 from serve_app.config import Limits
@@ -34,7 +34,7 @@ _GONE = (RayActorError, ReplicaUnavailableError)
 class RayBackend:
     """Implements `serve_app.calls.Backend`."""
 
-    def __init__(self, handle: DeploymentHandle, limits: Limits) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], limits: Limits) -> None:
         self._run = handle.options(method_name="run")
         self._stream = handle.options(method_name="stream", stream=True)
         self._probe = handle.options(method_name="probe")
@@ -47,7 +47,7 @@ class RayBackend:
             try:
                 return _finished(await response, self._limits)
             except asyncio.CancelledError:
-                response.cancel()
+                response.cancel()  # type: ignore[no-untyped-call]
                 raise
             except Exception as error:
                 if last or not isinstance(error, _GONE):
@@ -59,7 +59,7 @@ class RayBackend:
         """See `Backend.stream`. Tried once more only while nothing has been streamed."""
         for last in (False, True):
             started = False
-            response = self._stream.remote(call)
+            response = cast("DeploymentResponseGenerator[Any]", self._stream.remote(call))
             over = False
             try:
                 async for event in response:

@@ -23,7 +23,9 @@ from serve_app.logs import configure_logging
 class Api:
     """CPU ingress: takes HTTP, asks the Summarizer through its handle."""
 
-    async def __init__(self, settings: dict[str, Any], summarizer: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits an async constructor
+        self, settings: dict[str, Any], summarizer: DeploymentHandle[Any]
+    ) -> None:
         self._settings = ServiceSettings.model_validate(settings)
         configure_logging(self._settings.log)
         model = self._settings.model

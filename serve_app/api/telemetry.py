@@ -6,7 +6,23 @@ from typing import Protocol
 
 from ray.serve import metrics
 
-_MS = [5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 120_000, 300_000]
+_MS: list[float] = [
+    5,
+    10,
+    25,
+    50,
+    100,
+    250,
+    500,
+    1_000,
+    2_500,
+    5_000,
+    10_000,
+    30_000,
+    60_000,
+    120_000,
+    300_000,
+]
 
 
 class Telemetry(Protocol):
@@ -26,7 +42,7 @@ class ServeTelemetry:
         self._requests = metrics.Counter(
             "t5_http_requests",
             description="HTTP requests answered.",
-            tag_keys=("http_route", "status"),
+            tag_keys=("http_route", "status"),  # type: ignore[arg-type]  # Ray says tuple[str]
         )
         self._latency = metrics.Histogram(
             "t5_http_latency_ms",

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -280,7 +280,8 @@ class ReferenceEngine:
         mask = torch.tensor(
             [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
         )
-        output = self._model.generate(
+        generate = cast("Callable[..., torch.Tensor]", self._model.generate)
+        output = generate(
             input_ids=input_ids,
             attention_mask=mask,
             generation_config=_generation_config(self._model, settings),
@@ -394,7 +395,9 @@ def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> PreTrainedMo
         eos_token_id=config.eos_token_id,
         decoder_start_token_id=config.decoder_start_token_id,
     )
-    return model.to(device).eval()
+    model.to(torch.device(device))
+    model.eval()
+    return cast(PreTrainedModel, model)
 
 
 def _generation_config(model: PreTrainedModel, settings: GenerationSettings) -> GenerationConfig:
