@@ -24,8 +24,6 @@ from serve_app.api.telemetry import Telemetry
 from serve_app.config import ApiSettings
 from serve_app.errors import (
     BadRequestError,
-    BodyTooLargeError,
-    FieldError,
     MethodNotAllowedError,
     NotFoundError,
     ServiceError,
@@ -44,19 +42,17 @@ def create_app(
     echo_request_id: bool = True,
 ) -> FastAPI:
     """Build the ASGI application around a `SummaryService`."""
-    limit = service.limits.body_bytes
     app = FastAPI(
         title="t5-serve",
         version=serve_app.__version__,
         summary="Text summarization with T5",
         docs_url=None,
         redoc_url=None,
-        max_body_size=limit,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     app.state.telemetry = telemetry
-    _add_errors(app, limit)
+    _add_errors(app)
     _add_pages(app)
     _add_health(app, service, settings)
 
@@ -79,7 +75,7 @@ def problem_response(error: ServiceError, request: Request) -> Response:
     return JSONResponse(document, int(error.status), headers=error.headers, media_type=PROBLEM_JSON)
 
 
-def _add_errors(app: FastAPI, body_limit: int) -> None:
+def _add_errors(app: FastAPI) -> None:
     async def service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
         request.state.facts = {
@@ -91,26 +87,20 @@ def _add_errors(app: FastAPI, body_limit: int) -> None:
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return await service_error(request, _from_http(error, request, body_limit))
+        return await service_error(request, _from_http(error, request))
 
     app.add_exception_handler(ServiceError, service_error)
     app.add_exception_handler(HTTPException, http_error)
 
 
-def _from_http(error: HTTPException, request: Request, body_limit: int) -> ServiceError:
-    """Errors of the framework itself (no route, wrong method, body limit) in our own terms."""
+def _from_http(error: HTTPException, request: Request) -> ServiceError:
+    """Errors of the framework itself (no route, wrong method) in our own terms."""
     headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
     path = request.url.path
     if error.status_code == HTTPStatus.NOT_FOUND:
         return NotFoundError(f"no such path: {path[:200]}")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         return MethodNotAllowedError(f"{request.method} is not allowed here", [], **headers)
-    if error.status_code == 413:
-        said = request.headers.get("content-length")
-        value = int(said) if said and said.isdigit() else f"more than {body_limit}"
-        message = f"must have at most {body_limit} bytes, has {value}"
-        field = FieldError("body", message, body_limit, value)
-        return BodyTooLargeError(f"body: {message}", [field])
     result = BadRequestError(str(error.detail))
     result.status = HTTPStatus(error.status_code)
     return result

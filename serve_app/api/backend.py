@@ -45,7 +45,7 @@ class RayBackend:
         for last in (False, True):
             response = self._run.remote(call)
             try:
-                return _finished(await response, self._limits)
+                return finished(await response, self._limits)
             except asyncio.CancelledError:
                 response.cancel()  # type: ignore[no-untyped-call]
                 raise
@@ -68,7 +68,7 @@ class RayBackend:
                         yield event
                     else:
                         over = True
-                        yield _finished(event, self._limits)
+                        yield finished(event, self._limits)
                 return
             except Exception as error:
                 over = True
@@ -108,7 +108,7 @@ class RayBackend:
         raise error
 
 
-def _finished(outcome: Outcome, limits: Limits) -> Finished:
+def finished(outcome: Outcome, limits: Limits) -> Finished:
     """The result, or the `ServiceError` that says why there is none."""
     if isinstance(outcome, Finished):
         return outcome

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,6 +23,7 @@ from serve_app.config import Limits
 from serve_app.engine.protocol import GenerationSettings
 from serve_app.errors import (
     BadRequestError,
+    BodyTooLargeError,
     FieldError,
     InvalidError,
     UnsupportedMediaTypeError,
@@ -30,32 +34,34 @@ Body = TypeVar("Body", bound=BaseModel)
 
 _TOKENS_PER_WORD = 2  # T5's vocabularies need about 1.4 for English, more for other languages
 _SPARE_TOKENS = 16
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _CONSTRAINTS = ("ge", "gt", "le", "lt", "max_length", "min_length", "expected", "multiple_of")
 
 
-async def read_json(request: Request, model: type[Body]) -> Body:
-    """The JSON body as `model`.
+async def read_json(request: Request, model: type[Body], limit: int) -> Body:
+    """The JSON body, of at most `limit` bytes, as `model`.
 
     Raises:
-        UnsupportedMediaTypeError, BadRequestError, InvalidError: what was wrong, by field.
+        UnsupportedMediaTypeError, BodyTooLargeError, BadRequestError, InvalidError: what was
+            wrong, by field.
     """
     _check_encoding(request)
     if _media_type(request) != "application/json":
         _refuse_type(request, "application/json")
-    return parse(model, _load_json(await request.body()))
+    return parse(model, _load_json(await _read_body(request, limit)))
 
 
-async def read_summarize(request: Request) -> SummarizeRequest:
+async def read_summarize(request: Request, limit: int) -> SummarizeRequest:
     """The body of `POST /v1/summarize`: JSON, or plain text with the options in the query."""
     media_type = _media_type(request)
     if media_type == "application/json":
-        return await read_json(request, SummarizeRequest)
+        return await read_json(request, SummarizeRequest, limit)
     _check_encoding(request)
     if media_type != "text/plain":
         _refuse_type(request, "application/json or text/plain")
     charset = _charset(request)
     try:
-        text = (await request.body()).decode(charset)
+        text = (await _read_body(request, limit)).decode(charset)
     except UnicodeDecodeError as error:
         raise BadRequestError(f"body: not {charset} at byte {error.start}") from None
     return parse(SummarizeRequest, {**_query_options(request), "text": text})
@@ -172,10 +178,35 @@ def from_hf(body: HfRequest) -> SummarizeRequest:
     return parse(SummarizeRequest, {**said, **content})
 
 
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The body, read no further than the limit."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit, int(declared))
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in request.stream():
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise _too_large(limit, f"more than {limit}")
+    return b"".join(pieces)
+
+
+def _too_large(limit: int, value: int | str) -> BodyTooLargeError:
+    message = f"must have at most {limit} bytes, has {value}"
+    return BodyTooLargeError(f"body: {message}", [FieldError("body", message, limit, value)])
+
+
 def _load_json(body: bytes) -> Any:
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
+        if _SURROGATE.search(body):
+            # JSON allows lone surrogates (RFC 8259, section 8.2), this parser does not. Let the
+            # validation that follows say which field holds one.
+            with suppress(ValueError, RecursionError):
+                return json.loads(body)
         raise BadRequestError(f"body: not JSON: {error}") from None
 
 
@@ -235,5 +266,7 @@ def _field_error(detail: Any) -> FieldError:
     limit = next((context[name] for name in _CONSTRAINTS if name in context), None)
     if detail["type"] == "missing":
         return FieldError(field, "is required")
+    if detail["type"] == "string_unicode":
+        return FieldError(field, "holds a lone surrogate, which no text can", None, detail["input"])
     message = detail["msg"].removeprefix("Value error, ")
     return FieldError(field, message, limit, detail["input"])

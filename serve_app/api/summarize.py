@@ -42,7 +42,7 @@ _STATUS_HELD_S = 0.25
 async def summarize(request: Request) -> Response:
     """Summarize one text, at once or as server-sent events."""
     service = _service(request)
-    body = await read_summarize(request)
+    body = await read_summarize(request, service.limits.body_bytes)
     job = decide(body.text, body, service.defaults, service.limits)
     _note(request, characters=len(body.text))
     if body.stream or _wants_events(request):
@@ -62,7 +62,7 @@ async def summarize(request: Request) -> Response:
 async def summarize_batch(request: Request) -> Response:
     """Summarize several texts; each gets a result or an error of its own, in order."""
     service = _service(request)
-    body = await read_json(request, BatchRequest)
+    body = await read_json(request, BatchRequest, service.limits.body_bytes)
     limit = service.limits.batch_texts
     if len(body.texts) > limit:
         message = f"must have at most {limit} texts, has {len(body.texts)}"
@@ -97,7 +97,7 @@ async def summarize_batch(request: Request) -> Response:
 async def hf_summarization(request: Request) -> Response:
     """What `huggingface_hub.InferenceClient(model=URL).summarization(text)` calls."""
     service = _service(request)
-    body = from_hf(await read_json(request, HfRequest))
+    body = from_hf(await read_json(request, HfRequest, service.limits.body_bytes))
     job = decide(body.text, body, service.defaults, service.limits, "inputs")
     _note(request, characters=len(body.text))
     response = await service.summarize(job)

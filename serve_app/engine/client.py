@@ -53,7 +53,10 @@ class EngineClient:
 
         Raises:
             QueueFullError, EngineStoppedError: from `Engine.submit`.
+            ValueError: the id is in use.
         """
+        if request.id in self._inboxes:
+            raise ValueError(f"request id {request.id!r} is already in the engine")
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._inboxes[request.id] = inbox
         over = False

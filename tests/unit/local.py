@@ -1,0 +1,96 @@
+"""The HTTP application over an engine in this process: no Ray, no sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from serve_app.api.app import create_app
+from serve_app.api.auth import Authenticate
+from serve_app.api.backend import finished
+from serve_app.api.service import SummaryService
+from serve_app.calls import Call, Outcome, Probe, Rejected
+from serve_app.config import ApiSettings, Limits
+from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.client import EngineClient
+from serve_app.engine.protocol import EngineRequest, Finished, QueueFullError, Tokens
+
+
+class LocalBackend:
+    """`Backend` on an `EngineClient`; remembers the calls it was given."""
+
+    def __init__(self, client: EngineClient, limits: Limits) -> None:
+        self.calls: list[Call] = []
+        self._client = client
+        self._limits = limits
+
+    async def run(self, call: Call) -> Finished:
+        self.calls.append(call)
+        try:
+            outcome: Outcome = await self._client.run(_request(call, stream=False))
+        except QueueFullError as error:
+            outcome = Rejected(error.message, error.load)
+        return finished(outcome, self._limits)
+
+    async def stream(self, call: Call) -> AsyncGenerator[Tokens | Finished]:
+        self.calls.append(call)
+        async for event in self._client.events(_request(call, stream=True)):
+            yield event if isinstance(event, Tokens) else finished(event, self._limits)
+
+    async def probe(self, max_age_s: float) -> Probe:
+        return Probe(0.5, self._client.load(), 1)
+
+
+@dataclass
+class Recorded:
+    """`Telemetry` that remembers."""
+
+    requests: list[tuple[str, int]] = field(default_factory=list)
+    summaries: list[tuple[bool, int]] = field(default_factory=list)
+
+    def request(self, route: str, status: int, milliseconds: float) -> None:
+        assert milliseconds >= 0
+        self.requests.append((route, status))
+
+    def summary(self, *, truncated: bool, chunks: int) -> None:
+        self.summaries.append((truncated, chunks))
+
+
+@dataclass
+class Local:
+    """The running application and what stands behind it."""
+
+    http: httpx.AsyncClient
+    backend: LocalBackend
+    telemetry: Recorded
+    service: SummaryService
+
+
+@asynccontextmanager
+async def local_app(
+    checkpoint: Checkpoint,
+    client: EngineClient,
+    *,
+    limits: dict[str, Any] | None = None,
+    authenticate: Authenticate = lambda _request: "tester",
+    max_input_tokens: int | None = None,
+) -> AsyncIterator[Local]:
+    """The application with these limits, and an HTTP client for it."""
+    said = Limits(**(limits or {}))
+    backend = LocalBackend(client, said)
+    service = SummaryService(checkpoint, backend, said, ApiSettings(), max_input_tokens)
+    telemetry = Recorded()
+    app = create_app(service, authenticate, telemetry, ApiSettings())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as http:
+        yield Local(http, backend, telemetry, service)
+
+
+def _request(call: Call, *, stream: bool) -> EngineRequest:
+    deadline = time.monotonic() + call.timeout_s
+    return EngineRequest(call.id, call.input_ids, call.settings, deadline, stream)
