@@ -63,6 +63,11 @@ class _Metrics:
         self.batch_size = metrics.Histogram(
             "t5_batch_size", description="Requests per batch through the model.", boundaries=_SIZES
         )
+        # Ray exports a histogram's sum from the middles of its buckets; means need counters.
+        self.batches = metrics.Counter("t5_batches", description="Batches through the model.")
+        self.batched = metrics.Counter(
+            "t5_batched_requests", description="Requests in those batches; mean size = ratio."
+        )
         self.batch_seconds = metrics.Counter(
             "t5_compute_seconds", description="Wall seconds spent in the model."
         )
@@ -84,6 +89,8 @@ class _Metrics:
 
     def batch(self, ran: BatchRan) -> None:
         self.batch_size.observe(ran.requests)
+        self.batches.inc(1)
+        self.batched.inc(ran.requests)
         # Ray's counters refuse an increment of zero, and a batch may yield no token.
         self.batch_seconds.inc(max(ran.seconds, 1e-9))
         self.tokens.inc(ran.input_tokens, tags={"kind": "input"})

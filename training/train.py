@@ -81,7 +81,7 @@ def batches(
 
 
 def tensors(batch: list[Pair]) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` of shape (batch, source) and `labels` (batch, target), int64."""
+    """`input_ids` and `attention_mask` (batch, source), `labels` (batch, target), all int64."""
     width = max(len(pair.source) for pair in batch)
     depth = max(len(pair.target) for pair in batch)
     return {
