@@ -70,10 +70,10 @@ def command(
       auth: {mode: token, tokens_file: /etc/t5-serve/tokens.json}
     """
     settings = _settings(config_file, model, revision, engine, replicas, auth)
-    _check_model(settings)
-    _check_port(host, port)
     if settings.auth.mode != "token" and not _is_loopback(host):
         _warn_open(settings.auth.mode, host, port)
+    _check_model(settings)
+    _check_port(host, port)
     from serve_app.cli.service import run
 
     run(settings, host, port, once=once)

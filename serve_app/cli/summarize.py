@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import urlsplit
 
 import click
 
@@ -71,7 +70,10 @@ def command(ctx: click.Context, /, file: str, url: str, token: str | None, **opt
     stream = not options.pop("no_stream")
     as_json = options.pop("as_json")
     body = _body(_read(file), stream, options)
-    local = urlsplit(url).hostname in _LOOPBACK
+    try:
+        local = httpx.URL(url).host in _LOOPBACK
+    except httpx.InvalidURL as error:
+        raise CliError(f"--url {url}: {error}") from None
     token = token or (_dev_token() if local else None)
     headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
     silence = _SILENCE_S if stream else options["timeout"] and options["timeout"] + _GRACE_S
@@ -81,7 +83,7 @@ def command(ctx: click.Context, /, file: str, url: str, token: str | None, **opt
         with httpx.Client(headers=headers, timeout=timeout, trust_env=not local) as client:
             address = f"{url.rstrip('/')}/v1/summarize"
             answer = (_streamed if stream else _whole)(client, address, body, not as_json)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except httpx.HTTPError as error:
         raise CliError(f"{url}: {_reason(error)}") from None
     except KeyboardInterrupt:
         ctx.exit(130)
