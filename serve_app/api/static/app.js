@@ -56,7 +56,6 @@ $("token-form").addEventListener("submit", async (event) => {
   keepToken(value);
   if (!(await loadModel())) return $("token").focus();
   $("token").value = "";
-  $("token-form").hidden = true;
   (refused ? $("go") : text).focus();
   if (refused) summarize();
 });
@@ -76,6 +75,7 @@ async function loadModel() {
       askForToken(false);
       return false;
     }
+    $("token-form").hidden = true;
     const model = (await response.json()).data[0];
     $("model-name").textContent = model.id;
     $("model").title = `revision ${model.revision}`;
@@ -120,9 +120,9 @@ async function* serverEvents(body) {
 
 function requestBody() {
   const body = { text: text.value };
-  const length = form.elements.length.value;
-  if (length === "sentences") body.length = { sentences: 1 };
-  if (length === "words") body.length = { words: number("words") };
+  const bound = form.elements.bound.value;
+  if (bound === "sentences") body.length = { sentences: 1 };
+  if (bound === "words") body.length = { words: number("words") };
   if ($("beams").value !== "") body.num_beams = number("beams");
   if ($("overflow").value !== "map_reduce") body.on_overflow = $("overflow").value;
   return body;
@@ -220,7 +220,7 @@ function reset() {
   $("parts").open = false;
 }
 
-/** Everything that follows from the state of the form. */
+/** Show what follows from the state of the form. */
 function update() {
   const empty = !text.value.trim();
   const words = text.value.match(/\S+/g)?.length ?? 0;
