@@ -240,7 +240,9 @@ def test_long_text_shows_progress_and_its_parts(page: Page, service: Any) -> Non
     assert [count - 1, count] in [moment["progress"] for moment in seen]
     expect(page.locator("#progress")).to_be_hidden()
     page.locator("#parts-title").click()
-    expect(page.locator("#parts-title")).to_have_text(f"Summaries of the {count} parts")
+    expect(page.locator("#parts-title")).to_have_text(
+        f"Summaries of the parts ({count} of {count})"
+    )
     shown = page.locator("#part-list li p:last-child").all_text_contents()
     assert shown == [chunk["summary"] or "(nothing)" for chunk in answer["chunks"]]
 

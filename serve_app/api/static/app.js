@@ -40,7 +40,7 @@ function begin() {
 
 function askForToken(focus) {
   $("token-problem").textContent = token ? "The service did not accept the token you gave." : "";
-  $("token").setAttribute("aria-invalid", String(Boolean(token)));
+  $("token").setAttribute("aria-invalid", token !== "");
   keepToken("");
   $("token-form").hidden = false;
   if (focus) $("token").focus();
@@ -78,7 +78,6 @@ async function loadModel() {
     $("token-form").hidden = true;
     const model = (await response.json()).data[0];
     $("model-name").textContent = model.id;
-    $("model").title = `revision ${model.revision}`;
     $("model").hidden = false;
     $("beams").placeholder = model.defaults.num_beams;
     maxBytes = model.limits.body_bytes;
@@ -103,7 +102,7 @@ async function* serverEvents(body) {
       rest = lines.pop();
       for (const line of lines) {
         if (!line) {
-          if (data.length) yield [name || "message", data.join("\n")];
+          if (data.length) yield [name, data.join("\n")];
           name = "";
           data = [];
           continue;
@@ -182,15 +181,14 @@ async function follow(events, watch) {
       finished += 1;
       addPart(event);
       showProgress(finished, event.chunks);
-      const left = event.chunks - finished;
-      say(left ? `Part ${finished} of ${event.chunks} summarized` : "Putting the parts together…");
-      $("parts-title").textContent = `Summaries of the parts (${finished} of ${event.chunks})`;
+      const share = `${finished} of ${event.chunks}`;
+      say(finished < event.chunks ? `Part ${share} summarized` : "Putting the parts together…");
+      $("parts-title").textContent = `Summaries of the parts (${share})`;
     } else if (name === "delta") {
       if (watch.first === null) {
         watch.first = performance.now();
         say("Writing…");
         progress.hidden = true;
-        summary.textContent = "";
       }
       summary.append(event.text);
     } else if (name === "done") {
@@ -222,18 +220,19 @@ function reset() {
 
 /** Show what follows from the state of the form. */
 function update() {
-  const empty = !text.value.trim();
-  const words = text.value.match(/\S+/g)?.length ?? 0;
-  const pairs = text.value.match(/[\ud800-\udbff][\udc00-\udfff]/g)?.length ?? 0;
-  const characters = text.value.length - pairs;
+  const value = text.value;
+  const empty = !value.trim();
+  const words = value.match(/\S+/g)?.length ?? 0;
+  const pairs = value.match(/[\ud800-\udbff][\udc00-\udfff]/g)?.length ?? 0;
+  const characters = value.length - pairs;
   $("count").textContent = `${count(words, "word")} · ${count(characters, "character")}`;
-  $("clear").hidden = !text.value;
-  $("go").setAttribute("aria-disabled", String(empty || Boolean(running)));
+  $("clear").hidden = !value;
+  $("go").setAttribute("aria-disabled", empty || running !== null);
   $("go").textContent = running ? "Summarizing…" : "Summarize";
   const keys = navigator.platform.startsWith("Mac") ? "⌘ Enter" : "Ctrl + Enter";
-  $("go-hint").textContent = running ? "" : empty ? "Put a text in first, then Summarize." : `or press ${keys}`;
+  $("go-hint").textContent = running ? "" : empty ? "Put a text in first." : `or press ${keys}`;
   $("stop").hidden = !running;
-  document.body.classList.toggle("busy", Boolean(running));
+  document.body.classList.toggle("busy", running !== null);
   if ($("curl-box").open) showCurl();
 }
 
@@ -270,7 +269,6 @@ function finish(answer, watch) {
   say(answer.summary ? `Done in ${time(now - watch.began)}` : "Done: the model’s summary is empty.");
   $("copy").hidden = !answer.summary;
   $("cut").hidden = !answer.truncated;
-  if (answer.chunks.length) $("parts-title").textContent = `Summaries of the ${answer.chunks.length} parts`;
   const { usage, model } = answer;
   const facts = [
     ["Input", count(usage.input_tokens, "token")],
@@ -302,7 +300,7 @@ async function refuse(response) {
     $("empty").hidden = false;
     return askForToken(true);
   }
-  const title = problem.title ?? `The service answered ${response.status} ${response.statusText}`.trim();
+  const title = problem.title ?? `The service answered ${response.status}`;
   fail({ ...problem, title }, response.headers.get("Retry-After"));
 }
 
