@@ -44,7 +44,8 @@ class TextStream:
     def push(self, ids: Iterable[int]) -> str:
         """The text that is settled now that `ids` have come; may be empty."""
         self._ids.extend(ids)
-        text = self._decode(self._ids).rstrip(_UNFINISHED)
+        # White space at the end is settled only by what follows it.
+        text = self._decode(self._ids).rstrip(_UNFINISHED).strip()
         if self._length is not None:
             text = trim(text, self._length, final=False)
         return self._advance(text)

@@ -30,7 +30,8 @@ DOCS_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'"
 )
-_SECURITY_HEADERS = {
+_HEADERS = {
+    "Cache-Control": "no-cache",  # an upgraded page must not meet an old script
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": PAGE_POLICY,
@@ -73,7 +74,7 @@ class RequestMiddleware:
                 headers = MutableHeaders(scope=message)
                 if self._echo or not well_formed:
                     headers["X-Request-Id"] = request_id
-                for name, value in _SECURITY_HEADERS.items():
+                for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 

@@ -158,11 +158,11 @@ class SummaryService:
             output = await deadline.wait(self.backend.run(call))
         bill.stage([output])
 
-        whole = self._tokenizer.decode(list(output.ids))
+        whole = self._tokenizer.decode(list(output.ids)).strip()
         summary = trim(whole, job.length) if job.length else whole
         if delta := text.finish(summary):
             yield Delta(delta)
-        cut_short = job.length is not None and text.text != whole.rstrip()
+        cut_short = job.length is not None and text.text != whole
         yield SummarizeResponse(
             id=response_id,
             model=self.model,
@@ -240,7 +240,7 @@ class SummaryService:
                 index, output = await deadline.wait(next_done)
                 outputs.append(output)
                 span = parts[index].span
-                summary = self._tokenizer.decode(list(output.ids))
+                summary = self._tokenizer.decode(list(output.ids)).strip()
                 yield Chunk(index=index, start=span.start, end=span.end, summary=summary)
         finally:
             for task in tasks:

@@ -67,7 +67,7 @@ def test_a_summary_is_what_generate_gives_for_100_held_out_texts(
                 no_repeat_ngram_size=3,
             )[0]
         body = answer.json()
-        assert body["summary"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert body["summary"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
         assert body["usage"]["input_tokens"] == ids.shape[1]
         content = [i for i in expected.tolist() if i not in (0, 1)]
         assert body["usage"]["output_tokens"] == len(content)
