@@ -122,7 +122,7 @@ def _start_ray(settings: ServiceSettings, signals: Signals) -> _LocalRay:
     except Exception as error:
         raise CliError(f"Ray did not start: {error}") from None
     signals.install()
-    _check_room(settings, ray.cluster_resources())  # type: ignore[no-untyped-call]
+    _check_room(settings, ray.cluster_resources())
     logs = Path(context.address_info["session_dir"]) / "logs"
     return _LocalRay(f"http://{context.dashboard_url}", logs)
 
