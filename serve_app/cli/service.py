@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -119,6 +120,11 @@ def _start_ray(settings: ServiceSettings, signals: Signals) -> _LocalRay:
             dashboard_host="127.0.0.1",
             logging_level=logging.ERROR,
         )
+    except SystemExit as error:
+        # Ray's own SIGTERM handler exits with the signal's number.
+        if error.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise CliError(f"Ray did not start: it exited with {error.code}") from None
     except Exception as error:
         raise CliError(f"Ray did not start: {error}") from None
     signals.install()
@@ -242,8 +248,10 @@ def _stop() -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            if serve is not None:
-                serve.shutdown()
+            # It fails when Ray is half dead already; what is left is ended all the same.
+            with contextlib.suppress(Exception):
+                if serve is not None:
+                    serve.shutdown()
         finally:
             ray.shutdown()
     for line in said.getvalue().splitlines():
