@@ -31,7 +31,8 @@ _EXAMPLE = (
     "This package provides a small and fast HTTP server. It serves static files, lists folders, "
     "and can be configured with a single file. Access can be limited with passwords."
 )
-_POLL_S = 0.1
+_STATUS_S = 0.5  # a status takes CPU time that the replicas need to start, on a small machine
+_RETRY_S = 0.1
 _READY_S = 600.0  # a large model takes minutes to load from a slow disk
 _CHECK_S = 120.0
 _CLIENT = "t5-serve-run"
@@ -169,7 +170,7 @@ def _deploy(settings: ServiceSettings, host: str, port: int, local: _LocalRay) -
             return
         if application is not None and application.status == "DEPLOY_FAILED":
             raise CliError(f"the service did not start: {_reason(application)}; logs: {local.logs}")
-        time.sleep(_POLL_S)
+        time.sleep(_STATUS_S)
     raise CliError(f"the service was not ready after {_READY_S:g} s; logs: {local.logs}")
 
 
@@ -200,7 +201,7 @@ def _check(access: _Access, local: _LocalRay) -> None:
                 # Serve's proxy says so until it has the route.
                 if response.status_code not in (404, 503):
                     break
-            time.sleep(_POLL_S)
+            time.sleep(_RETRY_S)
     raise CliError(f"the service started but gave no summary: {said}; logs: {local.logs}")
 
 
