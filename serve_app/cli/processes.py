@@ -52,10 +52,14 @@ def no_process_left(signals: Signals, stop: Callable[[], None]) -> Iterator[None
     try:
         yield
     finally:
-        started = children()
-        with signals.grace():
-            stop()
-        end({*started, *children()})
+        signals.install()  # `ray.init` may have been interrupted with its own handler in place
+        started: set[psutil.Process] = set()
+        try:
+            with signals.grace():
+                started = children()
+                stop()
+        finally:
+            end({*started, *children()})
 
 
 def adopt_orphans() -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ _EXAMPLE = (
     "This package provides a small and fast HTTP server. It serves static files, lists folders, "
     "and can be configured with a single file. Access can be limited with passwords."
 )
-_POLL_S = 0.1
+_STATUS_S = 0.5  # a status takes CPU time that the replicas need to start, on a small machine
+_RETRY_S = 0.1
 _READY_S = 600.0  # a large model takes minutes to load from a slow disk
 _CHECK_S = 120.0
 _CLIENT = "t5-serve-run"
@@ -119,6 +121,11 @@ def _start_ray(settings: ServiceSettings, signals: Signals) -> _LocalRay:
             dashboard_host="127.0.0.1",
             logging_level=logging.ERROR,
         )
+    except SystemExit as error:
+        # Ray's own SIGTERM handler exits with the signal's number.
+        if error.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise CliError(f"Ray did not start: it exited with {error.code}") from None
     except Exception as error:
         raise CliError(f"Ray did not start: {error}") from None
     signals.install()
@@ -163,7 +170,7 @@ def _deploy(settings: ServiceSettings, host: str, port: int, local: _LocalRay) -
             return
         if application is not None and application.status == "DEPLOY_FAILED":
             raise CliError(f"the service did not start: {_reason(application)}; logs: {local.logs}")
-        time.sleep(_POLL_S)
+        time.sleep(_STATUS_S)
     raise CliError(f"the service was not ready after {_READY_S:g} s; logs: {local.logs}")
 
 
@@ -194,7 +201,7 @@ def _check(access: _Access, local: _LocalRay) -> None:
                 # Serve's proxy says so until it has the route.
                 if response.status_code not in (404, 503):
                     break
-            time.sleep(_POLL_S)
+            time.sleep(_RETRY_S)
     raise CliError(f"the service started but gave no summary: {said}; logs: {local.logs}")
 
 
@@ -242,8 +249,10 @@ def _stop() -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            if serve is not None:
-                serve.shutdown()
+            # It fails when Ray is half dead already; what is left is ended all the same.
+            with contextlib.suppress(Exception):
+                if serve is not None:
+                    serve.shutdown()
         finally:
             ray.shutdown()
     for line in said.getvalue().splitlines():
