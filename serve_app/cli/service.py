@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -10,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +115,9 @@ def _access(settings: ServiceSettings, host: str, port: int) -> _Access:
 def _start_ray(settings: ServiceSettings, signals: Signals) -> _LocalRay:
     import ray
 
+    # Ray's start is mostly waiting for its processes: read the code of Serve meanwhile.
+    imports = threading.Thread(target=importlib.import_module, args=("serve_app.app",), daemon=True)
+    imports.start()
     try:
         # "local": never join a cluster that happens to run.
         context: Any = ray.init(
@@ -129,6 +134,7 @@ def _start_ray(settings: ServiceSettings, signals: Signals) -> _LocalRay:
     except Exception as error:
         raise CliError(f"Ray did not start: {error}") from None
     signals.install()
+    imports.join()
     _check_room(settings, ray.cluster_resources())
     logs = Path(context.address_info["session_dir"]) / "logs"
     return _LocalRay(f"http://{context.dashboard_url}", logs)
