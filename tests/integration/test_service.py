@@ -79,14 +79,15 @@ def test_64_clients_at_once_share_batches(service: Service) -> None:
     service.idle()
     cluster = service.cluster
 
-    def batches() -> tuple[float, float]:
-        label = {"deployment": "Summarizer", "application": "main"}
-        return (
-            cluster.series("ray_t5_batches_total", **label),
-            cluster.series("ray_t5_batched_requests_total", **label),
-        )
+    def counted(name: str, **labels: str) -> float:
+        return cluster.series(name, deployment="Summarizer", application="main", **labels)
 
-    count, total = batches()
+    def finished() -> float:
+        return counted("ray_t5_engine_requests_total", outcome="finished")
+
+    before = finished()
+    batches = counted("ray_t5_batches_total")
+    batched = counted("ray_t5_batched_requests_total")
     documents = texts(64)
     with service.client() as client, ThreadPoolExecutor(64) as pool:
         answers = list(
@@ -98,9 +99,9 @@ def test_64_clients_at_once_share_batches(service: Service) -> None:
             )
         )
     assert {answer.status_code for answer in answers} == {200}
-    until(lambda: batches()[1] == total + 128, "the metrics show all 128 requests")
-    new_count, new_total = batches()
-    mean = (new_total - total) / (new_count - count)
+    until(lambda: finished() == before + 128, "the metrics show all 128 requests")
+    new_batches = counted("ray_t5_batches_total") - batches
+    mean = (counted("ray_t5_batched_requests_total") - batched) / new_batches
     print(f"mean batch size: {mean:.1f}")
     assert mean > 8
 
