@@ -15,12 +15,17 @@ from serve_app.engine.protocol import EngineLoad, Failed, Finished, GenerationSe
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One encoder input to run. `timeout_s` is what is left of the request's deadline."""
+    """One encoder input to run.
+
+    `timeout_s` is what is left of the request's deadline; calls of one `share`, a client, wait for
+    each other.
+    """
 
     id: str
     input_ids: Sequence[int]
     settings: GenerationSettings
     timeout_s: float
+    share: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,15 @@ class ModelSettings(_Settings):
 class EngineSettings(_Settings):
     """The engine inside each replica of the Summarizer."""
 
-    kind: Literal["transformers"] = "transformers"
+    kind: Literal["continuous", "transformers"] = Field(
+        "continuous",
+        description="continuous: our own; transformers: `generate()`, the reference",
+    )
     threads: int = Field(0, ge=0, description="CPU threads; 0: the replica's num_cpus")
-    max_batch_size: int = Field(32, ge=1, le=1024)
-    max_batch_tokens: int = Field(16_384, ge=64, description="padded encoder tokens in a batch")
+    max_batch_size: int = Field(
+        32, ge=1, le=1024, description="rows of the batch; each beam of a document takes one"
+    )
+    max_batch_tokens: int = Field(4_096, ge=64, description="padded encoder tokens encoded at once")
     max_waiting_requests: int = Field(512, ge=1, description="queue bound, in documents or parts")
     max_waiting_tokens: int = Field(262_144, ge=512, description="queue bound, in encoder tokens")
     stall_s: float = Field(60, gt=0, description="busy this long without a step: unhealthy")

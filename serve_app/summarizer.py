@@ -201,4 +201,4 @@ class Summarizer:
 
 def _request(call: Call, *, stream: bool) -> EngineRequest:
     deadline = time.monotonic() + call.timeout_s
-    return EngineRequest(call.id, call.input_ids, call.settings, deadline, stream)
+    return EngineRequest(call.id, call.input_ids, call.settings, deadline, stream, call.share)

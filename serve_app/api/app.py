@@ -58,6 +58,7 @@ def create_app(
 
     async def client(request: Request) -> str:
         name = authenticate(request)
+        request.state.client = name
         request.state.facts = {"client": name}
         return name
 

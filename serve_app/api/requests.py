@@ -105,6 +105,7 @@ class Job:
     length: Length | None
     on_overflow: str
     timeout_s: float
+    share: str  # who waits for whom in the engine's queue
 
 
 def decide(
@@ -113,6 +114,7 @@ def decide(
     defaults: GenerationSettings,
     limits: Limits,
     field: str = "text",
+    share: str = "",
 ) -> Job:
     """Combine what was asked for with the model's defaults, within the limits.
 
@@ -156,7 +158,7 @@ def decide(
         settings, min_new_tokens=base.min_new_tokens, max_new_tokens=base.max_new_tokens
     )
     timeout_s = options.timeout_s or min(limits.default_timeout_s, limits.timeout_s)
-    return Job(text, settings, part_settings, options.length, options.on_overflow, timeout_s)
+    return Job(text, settings, part_settings, options.length, options.on_overflow, timeout_s, share)
 
 
 def from_hf(body: HfRequest) -> SummarizeRequest:

@@ -128,7 +128,7 @@ class SummaryService:
             OverloadedError, UnavailableError, EngineError: from the backend.
         """
         bill = _Bill()
-        deadline = _Deadline(job.timeout_s)
+        deadline = _Deadline(job.timeout_s, job.share)
         response_id = f"sum-{uuid.uuid4().hex}"
         parts, truncated = await deadline.wait(self._plan(job))
         yield Started(response_id, self.model, len(parts))
@@ -273,12 +273,14 @@ class SummaryService:
 class _Deadline:
     """The request's own deadline, for calls (the engine drops late work) and for waits."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, share: str) -> None:
         self._timeout_s = timeout_s
+        self._share = share
         self._at = time.monotonic() + timeout_s
 
     def call(self, ids: list[int], settings: GenerationSettings) -> Call:
-        return Call(uuid.uuid4().hex, ids, settings, max(self._at - time.monotonic(), 0.001))
+        left = max(self._at - time.monotonic(), 0.001)
+        return Call(uuid.uuid4().hex, ids, settings, left, self._share)
 
     async def wait(self, awaitable: Awaitable[_T]) -> _T:
         # Around single waits, never around a `yield`: a timeout must not fire in the reader.

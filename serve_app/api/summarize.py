@@ -43,7 +43,7 @@ async def summarize(request: Request) -> Response:
     """Summarize one text, at once or as server-sent events."""
     service = _service(request)
     body = await read_summarize(request, service.limits.body_bytes)
-    job = decide(body.text, body, service.defaults, service.limits)
+    job = decide(body.text, body, service.defaults, service.limits, share=request.state.client)
     _note(request, characters=len(body.text))
     if body.stream or _wants_events(request):
         return await _stream(request, service, job)
@@ -72,7 +72,8 @@ async def summarize_batch(request: Request) -> Response:
 
     async def one(index: int, text: str) -> BatchItem:
         try:
-            job = decide(text, body, service.defaults, service.limits, f"texts.{index}")
+            field, share = f"texts.{index}", request.state.client
+            job = decide(text, body, service.defaults, service.limits, field, share)
             return BatchItem(index=index, result=await service.summarize(job))
         except ServiceError as error:
             problem = error.problem(request.state.request_id)
@@ -98,7 +99,8 @@ async def hf_summarization(request: Request) -> Response:
     """What `huggingface_hub.InferenceClient(model=URL).summarization(text)` calls."""
     service = _service(request)
     body = from_hf(await read_json(request, HfRequest, service.limits.body_bytes))
-    job = decide(body.text, body, service.defaults, service.limits, "inputs")
+    share = request.state.client
+    job = decide(body.text, body, service.defaults, service.limits, "inputs", share)
     _note(request, characters=len(body.text))
     response = await service.summarize(job)
     _account(request, [response])

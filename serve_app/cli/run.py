@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.option("--model", help="`demo` (bundled, the default), a folder, or a hub repository.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
-@click.option("--engine", help="What runs the model. Default: transformers.")
+@click.option("--engine", help="`continuous` (our own, the default) or `transformers`.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.continuous import ContinuousEngine
 from serve_app.engine.protocol import Emit, Engine
-from serve_app.engine.reference import ReferenceEngine
+
+if TYPE_CHECKING:
+    from serve_app.engine.reference import ReferenceEngine
 
 
 class ModelOptions(Protocol):
@@ -47,7 +50,15 @@ def build_engine(
     dtype = model.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    return ReferenceEngine(
+    kind: type[ContinuousEngine] | type[ReferenceEngine]
+    if engine.kind == "transformers":
+        # Imported on demand: it takes longer than all the rest of a replica's start.
+        from serve_app.engine.reference import ReferenceEngine
+
+        kind = ReferenceEngine
+    else:
+        kind = ContinuousEngine
+    return kind(
         checkpoint,
         emit,
         device=device,

@@ -36,7 +36,8 @@ class EngineRequest:
 
     `input_ids` already carries prefix and end token. `deadline` is in `time.monotonic()` seconds
     of the engine's own process. `stream` asks for `Tokens` events while decoding, which only
-    greedy requests can give: beams have no settled prefix before the end.
+    greedy requests can give: beams have no settled prefix before the end. Requests of one `share`
+    (a client) wait for each other; shares take turns.
     """
 
     id: str
@@ -44,6 +45,7 @@ class EngineRequest:
     settings: GenerationSettings
     deadline: float | None = None
     stream: bool = False
+    share: str = ""
 
 
 class FinishReason(StrEnum):

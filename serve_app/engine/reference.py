@@ -7,11 +7,8 @@ idle engine starts at once and a busy one finds its next batch already full.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -27,41 +24,22 @@ from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.protocol import (
     BatchRan,
     Emit,
-    EngineLoad,
-    EngineRequest,
-    EngineStoppedError,
     Event,
     Failed,
     FailureReason,
     Finished,
     FinishReason,
     GenerationSettings,
-    QueueFullError,
     Tokens,
     Usage,
 )
+from serve_app.engine.queue import Entry
+from serve_app.engine.thread import EngineThread, failure
 
 logger = logging.getLogger(__name__)
 
-_RATE_SMOOTHING = 0.3  # weight of the newest batch in the drain rate
 
-
-@dataclass(slots=True)
-class _Entry:
-    """A request on its way through the engine."""
-
-    request: EngineRequest
-    arrived: float
-    started: float = 0.0
-    streamed: int = 0
-    cancelled: bool = False
-    over: bool = field(default=False)  # its last event has been emitted
-
-    def late(self, now: float) -> bool:
-        return self.request.deadline is not None and now >= self.request.deadline
-
-
-class ReferenceEngine:
+class ReferenceEngine(EngineThread):
     """`generate()` behind the `Engine` protocol.
 
     Args:
@@ -91,146 +69,47 @@ class ReferenceEngine:
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
+        super().__init__(emit, max_waiting_requests, max_waiting_tokens)
         self._model = _load_model(checkpoint, device, dtype)
-        self._emit = emit
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
-        self._max_waiting_requests = max_waiting_requests
-        self._max_waiting_tokens = max_waiting_tokens
+        self.start()
 
-        self._lock = threading.Condition()
-        self._waiting: deque[_Entry] = deque()
-        self._waiting_tokens = 0
-        self._running: list[_Entry] = []
-        self._by_id: dict[str, _Entry] = {}
-        self._closing = False
-        self._drain_rate: float | None = None
-        self._steps = 0
-        self._last_step: float | None = None
-        self._busy_since: float | None = None
-        self._thread = threading.Thread(target=self._run, name="t5-engine", daemon=True)
-        self._thread.start()
-
-    def submit(self, request: EngineRequest) -> None:
-        """See `Engine.submit`."""
-        tokens = len(request.input_ids)
+    def _work(self) -> None:
         with self._lock:
-            if self._closing or not self._thread.is_alive():
-                raise EngineStoppedError("the engine has stopped")
-            if request.id in self._by_id:
-                raise ValueError(f"request id {request.id!r} is already in the engine")
-            if len(self._waiting) >= self._max_waiting_requests:
-                limit = f"{self._max_waiting_requests} requests"
-                raise QueueFullError(f"the queue is full: {limit} are waiting", self._load())
-            # A request longer than the whole bound still gets in when nothing else waits.
-            if self._waiting and self._waiting_tokens + tokens > self._max_waiting_tokens:
-                limit = f"{self._max_waiting_tokens} tokens"
-                raise QueueFullError(f"the queue is full: its limit is {limit}", self._load())
-            entry = _Entry(request, arrived=time.monotonic())
-            self._by_id[request.id] = entry
-            self._waiting.append(entry)
-            self._waiting_tokens += tokens
-            self._lock.notify()
-
-    def cancel(self, request_id: str) -> None:
-        """See `Engine.cancel`."""
-        with self._lock:
-            entry = self._by_id.get(request_id)
-            if entry is None:
-                return
-            entry.cancelled = True
-            self._lock.notify()
-
-    def load(self) -> EngineLoad:
-        """See `Engine.load`."""
-        with self._lock:
-            return self._load()
-
-    def stalled(self, limit_s: float) -> str | None:
-        """See `Engine.stalled`."""
-        with self._lock:
-            if not self._thread.is_alive():
-                return "the engine thread has died"
-            if self._busy_since is None:
-                return None
-            age = time.monotonic() - max(self._last_step or 0.0, self._busy_since)
-            return f"no step for {age:.0f} s while busy" if age > limit_s else None
-
-    def close(self) -> None:
-        """See `Engine.close`."""
-        with self._lock:
-            self._closing = True
-            for entry in self._by_id.values():
-                entry.cancelled = True
-            self._lock.notify()
-        self._thread.join(timeout=30)
-
-    # The engine's thread from here on.
-
-    def _run(self) -> None:
-        while True:
+            batch = self._take()
+        if batch:
+            self._generate(batch)
             with self._lock:
-                while not self._waiting and not self._closing:
-                    self._lock.wait()
-                dropped = self._drop_dead()
-                batch = self._take()
-                if batch:
-                    self._busy_since = time.monotonic()
-                stop = self._closing and not batch
-            self._finish(dropped)
-            if batch:
-                self._generate(batch)
-                with self._lock:
-                    self._running = []
-                    self._busy_since = None
-            if stop:
-                return
+                self._running = []
 
-    def _drop_dead(self) -> list[Event]:
-        """Take cancelled and late requests out of the queue before they cost compute."""
-        now = time.monotonic()
-        events: list[Event] = []
-        alive: deque[_Entry] = deque()
-        for entry in self._waiting:
-            failed = _failure(entry, now)
-            if failed is None:
-                alive.append(entry)
-            else:
-                entry.over = True
-                self._waiting_tokens -= len(entry.request.input_ids)
-                events.append(failed)
-        self._waiting = alive
-        return events
-
-    def _take(self) -> list[_Entry]:
-        """The oldest waiting request and, in order, all that can share a `generate()` with it."""
-        if not self._waiting:
+    def _take(self) -> list[Entry]:
+        """The request whose turn it is and, in order, all that can share a `generate()` with it."""
+        if not len(self._waiting):
             return []
-        settings = self._waiting[0].request.settings
-        batch: list[_Entry] = []
-        left: deque[_Entry] = deque()
-        longest = 0
-        for entry in self._waiting:
-            grown = max(longest, len(entry.request.input_ids))
-            fits = not batch or (
-                entry.request.settings == settings
-                and len(batch) < self._max_batch_size
-                and grown * (len(batch) + 1) <= self._max_batch_tokens
-            )
-            if fits:
-                batch.append(entry)
-                longest = grown
-            else:
-                left.append(entry)
+        settings = self._waiting.peek().request.settings
+        count = longest = 0
+
+        def fits(entry: Entry) -> bool:
+            nonlocal count, longest
+            grown = max(longest, entry.tokens)
+            if count and (
+                entry.request.settings != settings
+                or count == self._max_batch_size
+                or grown * (count + 1) > self._max_batch_tokens
+            ):
+                return False
+            count, longest = count + 1, grown
+            return True
+
+        batch = self._waiting.take(fits)
         now = time.monotonic()
         for entry in batch:
             entry.started = now
-            self._waiting_tokens -= len(entry.request.input_ids)
-        self._waiting = left
         self._running = batch
         return batch
 
-    def _generate(self, batch: list[_Entry]) -> None:
+    def _generate(self, batch: list[Entry]) -> None:
         began = time.monotonic()
         settings = batch[0].request.settings
         try:
@@ -248,8 +127,8 @@ class ReferenceEngine:
                 self._finish([Failed(batch[0].request.id, FailureReason.ERROR, message)])
             return
         seconds = time.monotonic() - began
-        input_tokens = sum(len(entry.request.input_ids) for entry in batch)
-        self._measure(input_tokens, seconds)
+        input_tokens = sum(entry.tokens for entry in batch)
+        self._drained(input_tokens, seconds)
         events: list[Event] = []
         for entry, (ids, reason) in zip(batch, outputs, strict=True):
             if entry.over:
@@ -257,7 +136,7 @@ class ReferenceEngine:
             if entry.request.stream and len(ids) > entry.streamed:
                 events.append(Tokens(entry.request.id, ids[entry.streamed :]))
             usage = Usage(
-                input_tokens=len(entry.request.input_ids),
+                input_tokens=entry.tokens,
                 output_tokens=len(ids),
                 queue_ms=(entry.started - entry.arrived) * 1e3,
                 compute_ms=seconds * 1e3,
@@ -269,7 +148,7 @@ class ReferenceEngine:
 
     @torch.inference_mode()
     def _forward(
-        self, batch: list[_Entry], settings: GenerationSettings, watch: _Watch
+        self, batch: list[Entry], settings: GenerationSettings, watch: _Watch
     ) -> list[tuple[list[int], FinishReason]]:
         device = self._model.device
         config = self._model.config
@@ -289,44 +168,11 @@ class ReferenceEngine:
         )
         return [_strip(row, eos, pad) for row in output[:, 1:].tolist()]
 
-    def _finish(self, events: list[Event]) -> None:
-        """Forget the requests these events end, then hand the events out."""
-        with self._lock:
-            for event in events:
-                if isinstance(event, Finished | Failed):
-                    entry = self._by_id.pop(event.id, None)
-                    if entry is not None:
-                        entry.over = True
-        if events:
-            self._emit(events)
-
-    def _measure(self, input_tokens: int, seconds: float) -> None:
-        rate = input_tokens / max(seconds, 1e-6)
-        with self._lock:
-            old = self._drain_rate
-            self._drain_rate = rate if old is None else old + _RATE_SMOOTHING * (rate - old)
-
-    def _load(self) -> EngineLoad:
-        age = None if self._last_step is None else time.monotonic() - self._last_step
-        return EngineLoad(
-            waiting_requests=len(self._waiting),
-            waiting_tokens=self._waiting_tokens,
-            running_requests=len(self._running),
-            steps=self._steps,
-            drain_tokens_per_s=self._drain_rate,
-            last_step_age_s=age,
-        )
-
-    def _stepped(self) -> None:
-        with self._lock:
-            self._steps += 1
-            self._last_step = time.monotonic()
-
 
 class _Watch(StoppingCriteria):
     """Looks in after every decode step: streams, and stops rows nobody waits for any more."""
 
-    def __init__(self, engine: ReferenceEngine, batch: list[_Entry], num_beams: int) -> None:
+    def __init__(self, engine: ReferenceEngine, batch: list[Entry], num_beams: int) -> None:
         self._engine = engine
         self._batch = batch
         self._num_beams = num_beams
@@ -340,7 +186,7 @@ class _Watch(StoppingCriteria):
         now = time.monotonic()
         events: list[Event] = []
         for entry in self._batch:
-            failed = None if entry.over else _failure(entry, now)
+            failed = None if entry.over else failure(entry, now)
             if failed is not None:
                 events.append(failed)
         # Beams have no settled prefix until the search ends; greedy rows are final at once.
@@ -356,14 +202,6 @@ class _Watch(StoppingCriteria):
         gone = torch.tensor([entry.over for entry in self._batch], device=input_ids.device)
         rows = input_ids.shape[0] // len(self._batch)
         return cast(torch.BoolTensor, gone.repeat_interleave(rows))
-
-
-def _failure(entry: _Entry, now: float) -> Failed | None:
-    if entry.cancelled:
-        return Failed(entry.request.id, FailureReason.CANCELLED, "cancelled")
-    if entry.late(now):
-        return Failed(entry.request.id, FailureReason.DEADLINE, "the deadline has passed")
-    return None
 
 
 def _strip(row: Sequence[int], eos: int, pad: int) -> tuple[list[int], FinishReason]:

@@ -30,7 +30,11 @@ pytestmark = pytest.mark.timeout(600)
 def environment() -> Iterator[dict[str, str]]:
     # Not tmp_path: the paths of Ray's sockets must stay below 108 bytes.
     folder = tempfile.mkdtemp(prefix="t5", dir="/tmp")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("T5_SERVE")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("T5_SERVE", "RAY_"))
+    }
     yield {
         **kept,
         "PYTHONPATH": str(ROOT),

@@ -93,4 +93,4 @@ async def local_app(
 
 def _request(call: Call, *, stream: bool) -> EngineRequest:
     deadline = time.monotonic() + call.timeout_s
-    return EngineRequest(call.id, call.input_ids, call.settings, deadline, stream)
+    return EngineRequest(call.id, call.input_ids, call.settings, deadline, stream, call.share)

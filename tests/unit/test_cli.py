@@ -310,6 +310,8 @@ def test_summarize_ends_quietly_on_ctrl_c(environment: dict[str, str], service: 
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # Shells start background jobs, and so perhaps these tests, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None
     assert process.stdout is not None

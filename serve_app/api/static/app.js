@@ -69,8 +69,10 @@ function call(path, options = {}) {
 }
 
 async function loadModel() {
+  const asked = token;
   try {
     const response = await call("v1/models");
+    if (asked !== token) return true; // about a token that has been replaced since
     if (response.status === 401) {
       askForToken(false);
       return false;

@@ -1,0 +1,136 @@
+"""Choosing the next tokens: greedy and beam search, as `transformers`' `generate()` chooses them.
+
+Both work on all documents of a group at once, each at its own step and with its own settings. What
+is computed, and in which order, follows `GenerationMixin._sample` and `_beam_search` of
+transformers 5, so that in float32 the outputs are equal token for token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from serve_app.engine.slots import UNLIKELY, Group
+
+_NEVER = float("-inf")
+
+
+def greedy_step(group: Group, logits: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
+    """Append each document's likeliest token.
+
+    Args:
+        group: one beam per document; `Group.begin` has been called for this step.
+        logits: (documents, vocabulary), float32; changed in place.
+        eos_id: the end token.
+
+    Returns:
+        The tokens, (documents,), and whether each document is done with it.
+    """
+    count = len(group)
+    _ban(group, logits, eos_id)
+    chosen = logits.argmax(-1)
+    generated = group.steps[:count] + 1
+    group.tokens[:count].scatter_(2, generated[:, None, None], chosen[:, None, None])
+    group.end()
+    return chosen, (chosen == eos_id) | (generated >= group.most[:count])
+
+
+def beam_step(group: Group, logits: Tensor, eos_id: int) -> Tensor:
+    """Extend each document's beams.
+
+    Args:
+        group: two or more beams per document; `Group.begin` has been called for this step.
+        logits: (documents * beams, vocabulary), float32.
+        eos_id: the end token.
+
+    Returns:
+        Whether each document is done, (documents,).
+    """
+    count, beams = len(group), group.beams
+    vocabulary = logits.shape[-1]
+    scores = torch.log_softmax(logits, -1)
+    _ban(group, scores, eos_id)
+    totals = scores.view(count, beams, vocabulary) + group.scores[:count, :, None]
+    # Twice as many as beams: even if every beam's best is the end token, enough go on.
+    top, index = totals.flatten(1).topk(2 * beams)
+    parent, chosen = index // vocabulary, index % vocabulary
+
+    generated = group.steps[:count] + 1
+    ends = (chosen == eos_id) | (generated >= group.most[:count])[:, None]
+    candidates = _pick(group.tokens[:count], parent)
+    here = generated[:, None, None].expand(-1, 2 * beams, 1)
+    candidates.scatter_(2, here, chosen[:, :, None])
+
+    running = top + ends * UNLIKELY
+    order = running.topk(beams).indices
+    group.tokens[:count] = _pick(candidates, order)
+    group.scores[:count] = running.gather(1, order)
+    group.ancestry[:count] = _pick(group.ancestry[:count], parent.gather(1, order))
+
+    length = (generated.double() ** group.penalty[:count]).float()[:, None]
+    done, early = group.best_done[:count], group.early[:count]
+    improvable = group.improvable[:count]
+    first = torch.arange(2 * beams, device=logits.device) < beams
+    finished = ends & first
+    ranked = top / length
+    ranked += (done.all(1) & early)[:, None] * UNLIKELY
+    ranked += (~improvable)[:, None] * UNLIKELY
+    ranked += ~finished * UNLIKELY
+    merged = torch.cat([group.best_scores[:count], ranked], 1)
+    best, pick = merged.topk(beams)
+    group.best_tokens[:count] = _pick(torch.cat([group.best_tokens[:count], candidates], 1), pick)
+    steps = torch.cat([group.best_steps[:count], generated[:, None].expand(-1, 2 * beams)], 1)
+    group.best_steps[:count] = steps.gather(1, pick)
+    group.best_scores[:count] = best
+    group.best_done[:count] = done = torch.cat([done, finished], 1).gather(1, pick)
+
+    possible = group.scores[:count, :1] / length
+    worst = torch.where(done, best.min(1, keepdim=True).values, UNLIKELY)
+    group.improvable[:count] = improvable = improvable & (possible > worst).any(1)
+    group.end()
+    return ~improvable | (done.all(1) & early) | ends.all(1)
+
+
+def output(group: Group, slot: int, eos_id: int) -> tuple[list[int], bool]:
+    """A done document's tokens without start and end token, and whether it has an end token."""
+    if group.beams == 1:
+        ids = group.tokens[slot, 0, 1 : int(group.steps[slot]) + 1].tolist()
+    else:
+        ids = group.best_tokens[slot, 0, 1 : int(group.best_steps[slot, 0]) + 1].tolist()
+    if ids and ids[-1] == eos_id:
+        return ids[:-1], True
+    return ids, False
+
+
+def _ban(group: Group, scores: Tensor, eos_id: int) -> None:
+    """Apply minimum length and n-gram ban to `scores` (rows, vocabulary), in place."""
+    count, beams = len(group), group.beams
+    short = (group.steps[:count] < group.least[:count]).repeat_interleave(beams)
+    scores[:, eos_id].masked_fill_(short, _NEVER)
+    for size in {entry.request.settings.no_repeat_ngram_size for entry in group.entries} - {0}:
+        asks = (group.ngram[:count] == size).repeat_interleave(beams)
+        _ban_repeats(group, scores, size, asks)
+
+
+def _ban_repeats(group: Group, scores: Tensor, size: int, asks: Tensor) -> None:
+    """Ban tokens that would repeat a run of `size` tokens, in rows where `asks` is true."""
+    count, beams = len(group), group.beams
+    length = (group.steps[:count] + 1).repeat_interleave(beams)  # start token included
+    longest = group.longest + 1
+    if longest < size:
+        return
+    tokens = group.tokens[:count, :, :longest].flatten(0, 1)
+    runs = tokens.unfold(1, size, 1)  # (rows, windows, size)
+    window = torch.arange(runs.shape[1], device=scores.device)
+    repeats = (window + size <= length[:, None]) & asks[:, None]
+    if size > 1:
+        tail = length[:, None] - (size - 1) + torch.arange(size - 1, device=scores.device)
+        recent = tokens.gather(1, tail.clamp(min=0))
+        repeats &= (runs[:, :, :-1] == recent[:, None]).all(-1)
+    penalty = torch.zeros(repeats.shape, device=scores.device).masked_fill_(repeats, _NEVER)
+    scores.scatter_add_(1, runs[:, :, -1], penalty)
+
+
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """(documents, any, length) rows by (documents, wanted) index."""
+    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))

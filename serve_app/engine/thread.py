@@ -1,0 +1,170 @@
+"""What all engines share: a thread, a bounded queue, cancellation, deadlines, load figures."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from serve_app.engine.protocol import (
+    Emit,
+    EngineLoad,
+    EngineRequest,
+    EngineStoppedError,
+    Event,
+    Failed,
+    FailureReason,
+    Finished,
+    QueueFullError,
+)
+from serve_app.engine.queue import Entry, FairQueue
+
+_RATE_SMOOTHING = 0.3  # weight of the newest sample in the drain rate
+
+
+class EngineThread:
+    """Base of the engines. Subclasses say what one unit of `_work` is.
+
+    Args:
+        emit: called on the engine's thread with the events of each unit of work.
+        max_waiting_requests: bound of the queue.
+        max_waiting_tokens: bound of the queue in encoder tokens.
+    """
+
+    def __init__(self, emit: Emit, max_waiting_requests: int, max_waiting_tokens: int) -> None:
+        self._emit = emit
+        self._max_waiting_requests = max_waiting_requests
+        self._max_waiting_tokens = max_waiting_tokens
+        self._lock = threading.Condition()
+        self._waiting = FairQueue()
+        self._running: list[Entry] = []
+        self._by_id: dict[str, Entry] = {}
+        self._closing = False
+        self._drain_rate: float | None = None
+        self._steps = 0
+        self._last_step: float | None = None
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="t5-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; called by the subclass once it is ready to work."""
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> None:
+        """See `Engine.submit`."""
+        tokens = len(request.input_ids)
+        with self._lock:
+            if self._closing or not self._thread.is_alive():
+                raise EngineStoppedError("the engine has stopped")
+            if request.id in self._by_id:
+                raise ValueError(f"request id {request.id!r} is already in the engine")
+            if len(self._waiting) >= self._max_waiting_requests:
+                limit = f"{self._max_waiting_requests} requests"
+                raise QueueFullError(f"the queue is full: {limit} are waiting", self._load())
+            # A request longer than the whole bound still gets in when nothing else waits.
+            if len(self._waiting) and self._waiting.tokens + tokens > self._max_waiting_tokens:
+                limit = f"{self._max_waiting_tokens} tokens"
+                raise QueueFullError(f"the queue is full: its limit is {limit}", self._load())
+            entry = Entry(request, arrived=time.monotonic())
+            self._by_id[request.id] = entry
+            self._waiting.push(entry)
+            self._lock.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """See `Engine.cancel`."""
+        with self._lock:
+            if (entry := self._by_id.get(request_id)) is not None:
+                entry.cancelled = True
+                self._lock.notify()
+
+    def load(self) -> EngineLoad:
+        """See `Engine.load`."""
+        with self._lock:
+            return self._load()
+
+    def stalled(self, limit_s: float) -> str | None:
+        """See `Engine.stalled`."""
+        with self._lock:
+            if not self._thread.is_alive():
+                return "the engine thread has died"
+            if self._busy_since is None:
+                return None
+            age = time.monotonic() - max(self._last_step or 0.0, self._busy_since)
+            return f"no step for {age:.0f} s while busy" if age > limit_s else None
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        with self._lock:
+            self._closing = True
+            for entry in self._by_id.values():
+                entry.cancelled = True
+            self._lock.notify()
+        self._thread.join(timeout=30)
+
+    # The engine's thread from here on.
+
+    def _work(self) -> None:
+        """Do one unit of work: something waits, or runs."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not (len(self._waiting) or self._running or self._closing):
+                    self._busy_since = None
+                    self._lock.wait()
+                now = time.monotonic()
+                # Cancelled and late requests leave the queue before they cost compute.
+                dead = self._waiting.take(partial(failure, now=now))
+                stop = self._closing and not self._running and not len(self._waiting)
+                if self._busy_since is None:
+                    self._busy_since = now
+            self._finish([failed for entry in dead if (failed := failure(entry, now=now))])
+            if stop:
+                return
+            if len(self._waiting) or self._running:
+                self._work()
+
+    def _finish(self, events: Sequence[Event]) -> None:
+        """Forget the requests these events end, then hand the events out."""
+        with self._lock:
+            for event in events:
+                if isinstance(event, Finished | Failed):
+                    entry = self._by_id.pop(event.id, None)
+                    if entry is not None:
+                        entry.over = True
+        if events:
+            self._emit(list(events))
+
+    def _drained(self, input_tokens: int, seconds: float) -> None:
+        """Measure: requests of so many input tokens were done in so many seconds of work."""
+        rate = input_tokens / max(seconds, 1e-6)
+        with self._lock:
+            old = self._drain_rate
+            self._drain_rate = rate if old is None else old + _RATE_SMOOTHING * (rate - old)
+
+    def _stepped(self) -> None:
+        with self._lock:
+            self._steps += 1
+            self._last_step = time.monotonic()
+
+    def _load(self) -> EngineLoad:
+        age = None if self._last_step is None else time.monotonic() - self._last_step
+        return EngineLoad(
+            waiting_requests=len(self._waiting),
+            waiting_tokens=self._waiting.tokens,
+            running_requests=len(self._running),
+            steps=self._steps,
+            drain_tokens_per_s=self._drain_rate,
+            last_step_age_s=age,
+        )
+
+
+def failure(entry: Entry, now: float) -> Failed | None:
+    """Why nobody waits for this request any more, or None."""
+    if entry.cancelled:
+        return Failed(entry.request.id, FailureReason.CANCELLED, "cancelled")
+    if entry.late(now):
+        return Failed(entry.request.id, FailureReason.DEADLINE, "the deadline has passed")
+    return None
