@@ -9,7 +9,7 @@ MINUTES ?= 100
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint start-time lock demo-data demo-train demo-eval
+.PHONY: help run test lint start-time lock demo-data demo-train demo-eval bench-engine
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,7 @@ start-time: $(VENV)/.installed ## seconds from start to the first summary
 
 lock: $(VENV)/.installed ## both lock files from pyproject.toml
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" --extra dev --extra training \
+		--custom-compile-command "make lock" --extra dev --extra training --extra bench \
 		pyproject.toml --output-file requirements-dev.lock
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" --constraint requirements-dev.lock \
@@ -51,6 +51,10 @@ demo-data: $(VENV)/.installed ## the demo model's data and vocabulary (Debian: u
 demo-train: $(VENV)/.installed ## train the demo model for MINUTES, resuming, and put it into the package
 	$(BIN)/python -m training.train --minutes $(MINUTES)
 	$(BIN)/python -m training.export
+	$(BIN)/python -m training.curve
 
 demo-eval: $(VENV)/.installed ## judge the demo model in the package
 	$(BIN)/python -m training.evaluate
+
+bench-engine: $(VENV)/.installed ## the engine against transformers and CTranslate2
+	$(BIN)/python -m bench.engine

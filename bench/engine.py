@@ -193,7 +193,8 @@ def main() -> None:
                     "single_s": alone,
                 }
                 rows.append(row)
-                print(f"{name:22s} beams {beams}: {tokens / best:7.0f} tokens/s, alone {alone:.2f} s", flush=True)  # fmt: skip
+                speed = f"{tokens / best:7.0f} tokens/s, alone {alone:.2f} s"
+                print(f"{name:22s} beams {beams}: {speed}", flush=True)
 
     print(f"\n{arguments.requests} requests, {tokens} tokens, {threads} threads\n")
     print("| engine | beams | tokens/s | t5-serve is | alone, s | t5-serve takes |")
