@@ -67,17 +67,23 @@ class ContinuousEngine(EngineThread):
         max_waiting_tokens: int = 262_144,
     ) -> None:
         super().__init__(emit, max_waiting_requests, max_waiting_tokens)
-        if threads:
-            torch.set_num_threads(threads)
-        shape = read_shape(checkpoint.config)
-        weights = load_weights(checkpoint, shape, device, getattr(torch, dtype))
-        with torch.inference_mode():
-            self._model = T5(weights, shape)
+        self._checkpoint = checkpoint
+        self._device = device
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._threads = threads
         self._max_rows = max_batch_size
         self._max_encode_tokens = max_batch_tokens
         self._groups: dict[int, Group] = {}  # by number of beams
         self._undrained_s = 0.0
         self.start()
+
+    @torch.inference_mode()
+    def _open(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        shape = read_shape(self._checkpoint.config)
+        weights = load_weights(self._checkpoint, shape, self._device, self._dtype)
+        self._model = T5(weights, shape)
 
     @torch.inference_mode()
     def _work(self) -> None:

@@ -67,13 +67,19 @@ class ReferenceEngine(EngineThread):
         max_waiting_requests: int = 512,
         max_waiting_tokens: int = 262_144,
     ) -> None:
-        if threads:
-            torch.set_num_threads(threads)
         super().__init__(emit, max_waiting_requests, max_waiting_tokens)
-        self._model = _load_model(checkpoint, device, dtype)
+        self._checkpoint = checkpoint
+        self._device = device
+        self._dtype = dtype
+        self._threads = threads
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self.start()
+
+    def _open(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        self._model = _load_model(self._checkpoint, self._device, self._dtype)
 
     def _work(self) -> None:
         with self._lock:
