@@ -14,11 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.model import T5
 from serve_app.engine.protocol import (
     BatchRan,
-    Emit,
     Event,
     Failed,
     FailureReason,
@@ -41,49 +39,18 @@ _SIMILAR = 0.7  # documents of one microbatch have at least this share of its lo
 class ContinuousEngine(EngineThread):
     """T5 with iteration-level scheduling (Yu et al. 2022, "Orca"), behind the `Engine` protocol.
 
-    Args:
-        checkpoint: the model to load.
-        emit: called on the engine's thread with the events of each step.
-        device: torch device, e.g. `"cpu"` or `"cuda"`.
-        dtype: torch dtype name of the weights, e.g. `"float32"`.
-        threads: intra-op threads on the CPU; 0 keeps torch's choice.
-        max_batch_size: rows of the running batch; a document takes one per beam.
-        max_batch_tokens: most padded encoder tokens encoded between two decode steps.
-        max_waiting_requests: bound of the queue.
-        max_waiting_tokens: bound of the queue in encoder tokens.
+    See `EngineThread` for the arguments. `max_batch_size` are rows of the running batch, of which a
+    document takes one per beam; `max_batch_tokens` are what is encoded between two decode steps.
     """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        emit: Emit,
-        *,
-        device: str = "cpu",
-        dtype: str = "float32",
-        threads: int = 0,
-        max_batch_size: int = 32,
-        max_batch_tokens: int = 4_096,
-        max_waiting_requests: int = 512,
-        max_waiting_tokens: int = 262_144,
-    ) -> None:
-        super().__init__(emit, max_waiting_requests, max_waiting_tokens)
-        self._checkpoint = checkpoint
-        self._device = device
-        self._dtype: torch.dtype = getattr(torch, dtype)
-        self._threads = threads
-        self._max_rows = max_batch_size
-        self._max_encode_tokens = max_batch_tokens
-        self._groups: dict[int, Group] = {}  # by number of beams
-        self._undrained_s = 0.0
-        self.start()
 
     @torch.inference_mode()
     def _open(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
         shape = read_shape(self._checkpoint.config)
-        weights = load_weights(self._checkpoint, shape, self._device, self._dtype)
+        dtype = getattr(torch, self._dtype)
+        weights = load_weights(self._checkpoint, shape, self._device, dtype)
         self._model = T5(weights, shape)
+        self._groups: dict[int, Group] = {}  # by number of beams
+        self._undrained_s = 0.0
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -137,8 +104,8 @@ class ContinuousEngine(EngineThread):
             rows += entry.request.settings.num_beams
             longest = max(longest, entry.tokens)
             # More beams than rows, or more tokens than the budget: alone, it may all the same.
-            fits = rows <= self._max_rows or rows == entry.request.settings.num_beams
-            affordable = not pulled or longest * (len(pulled) + 1) <= self._max_encode_tokens
+            fits = rows <= self._max_batch_size or rows == entry.request.settings.num_beams
+            affordable = not pulled or longest * (len(pulled) + 1) <= self._max_batch_tokens
             if not (fits and affordable):
                 break
             pulled.append(self._waiting.pop())

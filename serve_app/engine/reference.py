@@ -23,7 +23,6 @@ from transformers import (
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.protocol import (
     BatchRan,
-    Emit,
     Event,
     Failed,
     FailureReason,
@@ -42,43 +41,11 @@ logger = logging.getLogger(__name__)
 class ReferenceEngine(EngineThread):
     """`generate()` behind the `Engine` protocol.
 
-    Args:
-        checkpoint: the model to load.
-        emit: called on the engine's thread with the events of each step.
-        device: torch device, e.g. `"cpu"` or `"cuda"`.
-        dtype: torch dtype name of the weights, e.g. `"float32"`.
-        threads: intra-op threads on the CPU; 0 keeps torch's choice.
-        max_batch_size: most requests in one `generate()` call.
-        max_batch_tokens: most padded encoder tokens (longest x requests) in one call.
-        max_waiting_requests: bound of the queue.
-        max_waiting_tokens: bound of the queue in encoder tokens.
+    See `EngineThread` for the arguments. `max_batch_size` are requests in one `generate()` call,
+    `max_batch_tokens` its padded encoder tokens.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        emit: Emit,
-        *,
-        device: str = "cpu",
-        dtype: str = "float32",
-        threads: int = 0,
-        max_batch_size: int = 32,
-        max_batch_tokens: int = 16_384,
-        max_waiting_requests: int = 512,
-        max_waiting_tokens: int = 262_144,
-    ) -> None:
-        super().__init__(emit, max_waiting_requests, max_waiting_tokens)
-        self._checkpoint = checkpoint
-        self._device = device
-        self._dtype = dtype
-        self._threads = threads
-        self._max_batch_size = max_batch_size
-        self._max_batch_tokens = max_batch_tokens
-        self.start()
-
     def _open(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
         self._model = _load_model(self._checkpoint, self._device, self._dtype)
 
     def _work(self) -> None:

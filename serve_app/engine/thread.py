@@ -7,6 +7,9 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+import torch
+
+from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.protocol import (
     Emit,
     EngineLoad,
@@ -26,14 +29,43 @@ _RATE_SMOOTHING = 0.3  # weight of the newest sample in the drain rate
 class EngineThread:
     """Base of the engines. Subclasses say what one unit of `_work` is.
 
+    Starts working when it is made, once the model is loaded.
+
     Args:
+        checkpoint: the model to load.
         emit: called on the engine's thread with the events of each unit of work.
+        device: torch device, e.g. `"cpu"` or `"cuda"`.
+        dtype: torch dtype name of the weights, e.g. `"float32"`.
+        threads: intra-op threads on the CPU; 0 keeps torch's choice.
+        max_batch_size: bound of the batch.
+        max_batch_tokens: most padded encoder tokens encoded at once.
         max_waiting_requests: bound of the queue.
         max_waiting_tokens: bound of the queue in encoder tokens.
+
+    Raises:
+        Exception: whatever loading the model raised.
     """
 
-    def __init__(self, emit: Emit, max_waiting_requests: int, max_waiting_tokens: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        emit: Emit,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int = 0,
+        max_batch_size: int = 32,
+        max_batch_tokens: int = 4_096,
+        max_waiting_requests: int = 512,
+        max_waiting_tokens: int = 262_144,
+    ) -> None:
+        self._checkpoint = checkpoint
         self._emit = emit
+        self._device = device
+        self._dtype = dtype
+        self._threads = threads
+        self._max_batch_size = max_batch_size
+        self._max_batch_tokens = max_batch_tokens
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
         self._lock = threading.Condition()
@@ -48,13 +80,6 @@ class EngineThread:
         self._opened = threading.Event()
         self._open_error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="t5-engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread and wait until `_open` is done; called by the subclass, last.
-
-        Raises:
-            Exception: whatever `_open` raised.
-        """
         self._thread.start()
         self._opened.wait()
         if self._open_error is not None:
@@ -128,6 +153,8 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            if self._threads:
+                torch.set_num_threads(self._threads)
             self._open()
         except Exception as error:
             self._open_error = error
