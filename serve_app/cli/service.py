@@ -33,7 +33,7 @@ _EXAMPLE = (
     "This package provides a small and fast HTTP server. It serves static files, lists folders, "
     "and can be configured with a single file. Access can be limited with passwords."
 )
-_STATUS_S = 0.5  # a status takes CPU time that the replicas need to start, on a small machine
+_STATUS_S = 0.25  # a status takes CPU time that the replicas need to start, on a small machine
 _RETRY_S = 0.1
 _READY_S = 600.0  # a large model takes minutes to load from a slow disk
 _CHECK_S = 120.0
