@@ -27,14 +27,15 @@ class Group:
 
     State of slot i (the first dimension): `tokens` (beams, 1 + steps), the start token first;
     `steps`, the tokens generated so far; the request's `least` and `most` new tokens, n-gram size
-    `ngram`, `penalty` and `early` stopping. For beam search `scores` (beams,), `ancestry`
-    (beams, steps), and of the finished hypotheses `best_tokens`, `best_scores`, `best_done`,
-    `best_steps`; `improvable` says whether running beams may still beat them.
+    `ngram`, `penalty` and `early` stopping; `sources`, the length of its input. For beam search
+    `scores` (beams,), `ancestry` (beams, steps), and of the finished hypotheses `best_tokens`,
+    `best_scores`, `best_done`, `best_steps`; `improvable` says whether running beams may still beat
+    them.
     """
 
     _SLOTTED = (
         "tokens", "steps", "least", "most", "ngram", "penalty", "early", "scores", "ancestry",
-        "best_tokens", "best_scores", "best_done", "best_steps", "improvable", "source_mask",
+        "best_tokens", "best_scores", "best_done", "best_steps", "improvable", "sources",
     )  # fmt: skip
     _CACHES = ("keys", "values", "cross_keys", "cross_values")  # the slot is the second dimension
 
@@ -58,7 +59,7 @@ class Group:
         self.best_scores = empty(0, beams, dtype=torch.float32)
         self.best_done = empty(0, beams, dtype=torch.bool)
         self.best_steps = empty(0, beams)
-        self.source_mask = empty(0, 0, dtype=torch.float32)
+        self.sources = empty(0)
         self.keys = empty(layers, 0, heads, 0, beams, width, dtype=dtype)
         self.values = empty(layers, 0, heads, 0, beams, width, dtype=dtype)
         self.cross_keys = empty(layers, 0, heads, width, 0, dtype=dtype)
@@ -102,7 +103,7 @@ class Group:
             self.ngram[index] = settings.no_repeat_ngram_size
             self.penalty[index] = settings.length_penalty
             self.early[index] = settings.early_stopping
-            self.source_mask[index, length:] = LOWEST
+            self.sources[index] = length
         self.tokens[slots, :, 0] = self._model.shape.start_id
         self.scores[slots, 1:] = UNLIKELY
         self.best_scores[slots] = UNLIKELY
@@ -151,7 +152,9 @@ class Group:
             mask = wide.masked_fill(~own[:, None], LOWEST).flatten(3)
         self._mask = mask
         self._slot = torch.arange(count, device=device)
-        self._cross_mask = self.source_mask[:count, None, None, : max(self._source)]
+        padding = torch.arange(max(self._source), device=device) >= self.sources[:count, None]
+        self._cross_mask = torch.zeros(padding.shape, device=device).masked_fill_(padding, LOWEST)
+        self._cross_mask = self._cross_mask[:, None, None]
         here = steps[:, None, None].expand(-1, self.beams, 1)
         return self.tokens[:count].gather(2, here).flatten()
 
@@ -197,7 +200,7 @@ class Group:
 
         slots = grown(self.steps.shape[0], slots, 4)
         steps = grown(self.ancestry.shape[2], steps, _ROOM)
-        source = grown(self.source_mask.shape[1], source, _ROOM)
+        source = grown(self.cross_values.shape[3], source, _ROOM)
         for name in self._SLOTTED:
             tensor = getattr(self, name)
             size = [slots, *tensor.shape[1:]]
@@ -205,8 +208,6 @@ class Group:
                 size[2] = steps + 1
             elif name == "ancestry":
                 size[2] = steps
-            elif name == "source_mask":
-                size[1] = source
             setattr(self, name, _resized(tensor, size))
         for name in self._CACHES:
             tensor = getattr(self, name)

@@ -413,6 +413,7 @@ def test_curl_command_survives_the_shell(page: Page, service: Any) -> None:
     page.locator("#text").fill(text)
     page.get_by_label("One sentence").check()
     page.locator("#curl-box summary").click()
+    expect(page.locator("#curl")).to_contain_text("curl")
     command = page.locator("#curl").inner_text()
     assert service.token not in command
     script = f'curl() {{ printf "%s\\0" "$@"; }}\n{command}'

@@ -114,10 +114,18 @@ async def test_random_mixes_equal_generate(family: Path, seed: int) -> None:
     if "mt5" in str(family):
         model = MT5ForConditionalGeneration.from_pretrained(family).eval()
     work = [
-        ([*rng.choices(range(3, VOCABULARY), k=rng.randint(1, 60)), 1], random_settings(rng))
+        (
+            [
+                *rng.choices(
+                    range(3, VOCABULARY), k=rng.choice([rng.randint(1, 40), rng.randint(1, 300)])
+                ),
+                1,
+            ],
+            random_settings(rng),
+        )
         for _ in range(24)
     ]
-    async with running(resolve(str(family)), max_batch_size=9, max_batch_tokens=128) as client:
+    async with running(resolve(str(family)), max_batch_size=9, max_batch_tokens=256) as client:
 
         async def late(index: int, delay: float) -> Finished:
             await asyncio.sleep(delay)
