@@ -18,8 +18,6 @@ from serve_app.engine.model import T5
 from serve_app.engine.protocol import (
     BatchRan,
     Event,
-    Failed,
-    FailureReason,
     Finished,
     FinishReason,
     Tokens,
@@ -28,7 +26,7 @@ from serve_app.engine.protocol import (
 from serve_app.engine.queue import Entry
 from serve_app.engine.search import beam_step, greedy_step, output
 from serve_app.engine.slots import Group
-from serve_app.engine.thread import EngineThread, failure
+from serve_app.engine.thread import EngineThread, broken, failure, padded
 from serve_app.engine.weights import load_weights, read_shape
 
 logger = logging.getLogger(__name__)
@@ -115,16 +113,10 @@ class ContinuousEngine(EngineThread):
         """Encode documents and give them slots. Those that cannot be encoded fail alone."""
         try:
             lengths = [entry.tokens for entry in batch]
-            ids, mask = self._padded(batch)
+            ids, mask = padded(batch, self._model.shape.pad_id, self._model.device)
             keys, values = self._model.encode(ids, mask)
         except Exception as error:
-            logger.exception("encoding %d documents failed", len(batch))
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                self._encode(batch[:middle])
-                self._encode(batch[middle:])
-            else:
-                self._finish([_error(batch[0], error)])
+            self._isolate(batch, error, self._encode)
             return
         for beams in {entry.request.settings.num_beams for entry in batch}:
             mine = [i for i, e in enumerate(batch) if e.request.settings.num_beams == beams]
@@ -135,14 +127,6 @@ class ContinuousEngine(EngineThread):
                 [lengths[i] for i in mine],
                 (keys[:, mine], values[:, mine]),
             )
-
-    def _padded(self, batch: list[Entry]) -> tuple[Tensor, Tensor]:
-        rows = [list(entry.request.input_ids) for entry in batch]
-        width = max(map(len, rows))
-        pad, device = self._model.shape.pad_id, self._model.device
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        return ids, torch.arange(width, device=device) < lengths[:, None]
 
     def _step(self, groups: list[Group]) -> tuple[list[Event], int]:
         """One token for every row; returns what happened and how many tokens came out."""
@@ -190,7 +174,7 @@ class ContinuousEngine(EngineThread):
 
     def _abandon(self, error: Exception) -> list[Event]:
         failed: list[Event] = [
-            _error(entry, error) for group in self._groups.values() for entry in group.entries
+            broken(entry, error) for group in self._groups.values() for entry in group.entries
         ]
         self._groups = {}
         self._update_running()
@@ -231,8 +215,3 @@ def _deltas(group: Group, chosen: list[int], eos_id: int) -> Iterator[Tokens]:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _error(entry: Entry, error: Exception) -> Failed:
-    message = f"{type(error).__name__}: {error}"
-    return Failed(entry.request.id, FailureReason.ERROR, message)

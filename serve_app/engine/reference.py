@@ -6,7 +6,6 @@ idle engine starts at once and a busy one finds its next batch already full.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -24,8 +23,6 @@ from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.protocol import (
     BatchRan,
     Event,
-    Failed,
-    FailureReason,
     Finished,
     FinishReason,
     GenerationSettings,
@@ -33,9 +30,7 @@ from serve_app.engine.protocol import (
     Usage,
 )
 from serve_app.engine.queue import Entry
-from serve_app.engine.thread import EngineThread, failure
-
-logger = logging.getLogger(__name__)
+from serve_app.engine.thread import EngineThread, failure, padded
 
 
 class ReferenceEngine(EngineThread):
@@ -89,15 +84,7 @@ class ReferenceEngine(EngineThread):
             watch = _Watch(self, batch, settings.num_beams)
             outputs = self._forward(batch, settings, watch)
         except Exception as error:
-            # One bad request must not take the batch with it: halve until it stands alone.
-            logger.exception("generate() failed for a batch of %d", len(batch))
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                self._generate(batch[:middle])
-                self._generate(batch[middle:])
-            else:
-                message = f"{type(error).__name__}: {error}"
-                self._finish([Failed(batch[0].request.id, FailureReason.ERROR, message)])
+            self._isolate(batch, error, self._generate)
             return
         seconds = time.monotonic() - began
         input_tokens = sum(entry.tokens for entry in batch)
@@ -125,17 +112,12 @@ class ReferenceEngine(EngineThread):
     ) -> list[tuple[list[int], FinishReason]]:
         device = self._model.device
         config = self._model.config
-        rows = [list(entry.request.input_ids) for entry in batch]
-        width = max(map(len, rows))
         pad, eos = int(config.pad_token_id), int(config.eos_token_id)
-        input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
-        )
+        input_ids, mask = padded(batch, pad, device)
         generate = cast("Callable[..., torch.Tensor]", self._model.generate)
         output = generate(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=mask.long(),
             generation_config=_generation_config(self._model, settings),
             stopping_criteria=StoppingCriteriaList([watch]),
         )

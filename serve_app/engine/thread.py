@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.protocol import (
@@ -22,6 +24,8 @@ from serve_app.engine.protocol import (
     QueueFullError,
 )
 from serve_app.engine.queue import Entry, FairQueue
+
+logger = logging.getLogger(__name__)
 
 _RATE_SMOOTHING = 0.3  # weight of the newest sample in the drain rate
 
@@ -189,6 +193,21 @@ class EngineThread:
         if events:
             self._emit(list(events))
 
+    def _isolate(
+        self, batch: list[Entry], error: Exception, work: Callable[[list[Entry]], None]
+    ) -> None:
+        """Called when `work` failed on a batch: one bad request must not take the others with it.
+
+        Halves the batch until the bad one stands alone, and fails that.
+        """
+        logger.error("%d requests failed together", len(batch), exc_info=error)
+        if len(batch) == 1:
+            self._finish([broken(batch[0], error)])
+            return
+        middle = len(batch) // 2
+        work(batch[:middle])
+        work(batch[middle:])
+
     def _drained(self, input_tokens: int, seconds: float) -> None:
         """Measure: requests of so many input tokens were done in so many seconds of work."""
         rate = input_tokens / max(seconds, 1e-6)
@@ -211,6 +230,21 @@ class EngineThread:
             drain_tokens_per_s=self._drain_rate,
             last_step_age_s=age,
         )
+
+
+def padded(batch: Sequence[Entry], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Input ids, int64, and mask, true for real tokens, both (requests, longest)."""
+    rows = [list(entry.request.input_ids) for entry in batch]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]
+
+
+def broken(entry: Entry, error: Exception) -> Failed:
+    """The end of a request that the engine failed on."""
+    message = f"{type(error).__name__}: {error}"
+    return Failed(entry.request.id, FailureReason.ERROR, message)
 
 
 def failure(entry: Entry, now: float) -> Failed | None:
