@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from serve_app.engine.protocol import GenerationSettings
+from serve_app.engine.protocol import GenerationSettings, TokenConstraints
 
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).resolve().parent.parent / "demo_model"
@@ -78,6 +78,18 @@ class Checkpoint:
             length_penalty=float(said.get("length_penalty", 1.0)),
             no_repeat_ngram_size=int(said.get("no_repeat_ngram_size") or 0),
             early_stopping=said.get("early_stopping") is True,
+            repetition_penalty=float(said.get("repetition_penalty") or 1.0),
+        )
+
+    @property
+    def constraints(self) -> TokenConstraints:
+        """Tokens that the model's configuration suppresses or forces."""
+        said = {**self._generation_config, **self._task}
+        return TokenConstraints(
+            suppressed=tuple(said.get("suppress_tokens") or ()),
+            begin_suppressed=tuple(said.get("begin_suppress_tokens") or ()),
+            forced_first=said.get("forced_bos_token_id"),
+            forced_last=said.get("forced_eos_token_id"),
         )
 
     @property

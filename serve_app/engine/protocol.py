@@ -28,6 +28,21 @@ class GenerationSettings:
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     early_stopping: bool = False
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenConstraints:
+    """What a model's configuration says of single tokens, as in `transformers.GenerationConfig`.
+
+    `suppressed` never come, `begin_suppressed` not first. `forced_first` comes first,
+    `forced_last` when `max_new_tokens` end the text.
+    """
+
+    suppressed: tuple[int, ...] = ()
+    begin_suppressed: tuple[int, ...] = ()
+    forced_first: int | None = None
+    forced_last: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

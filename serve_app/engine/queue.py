@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from serve_app.engine.protocol import EngineRequest
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
     """A request on its way through an engine. Times in `time.monotonic()` seconds."""
 

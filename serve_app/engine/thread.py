@@ -45,6 +45,7 @@ class EngineThread:
         max_batch_tokens: most padded encoder tokens encoded at once.
         max_waiting_requests: bound of the queue.
         max_waiting_tokens: bound of the queue in encoder tokens.
+        speculation: whether greedy requests may be advanced by lookup, where the engine can.
 
     Raises:
         Exception: whatever loading the model raised.
@@ -62,12 +63,14 @@ class EngineThread:
         max_batch_tokens: int = 4_096,
         max_waiting_requests: int = 512,
         max_waiting_tokens: int = 262_144,
+        speculation: bool = True,
     ) -> None:
         self._checkpoint = checkpoint
         self._emit = emit
         self._device = device
         self._dtype = dtype
         self._threads = threads
+        self._speculation = speculation
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._max_waiting_requests = max_waiting_requests

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint, CheckpointError
@@ -96,83 +98,106 @@ class FeedForward:
     out: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One block; `cross` in the decoder only."""
+class WeightSource:
+    """Weights of a checkpoint, read one by one as they lie on disk.
 
-    self_attention: Attention
-    cross: Attention | None
-    feed_forward: FeedForward
+    Each file is opened for each weight: a mapped file's pages count as the process' own for as long
+    as it is open, and would double the memory that loading takes.
 
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """Encoder or decoder. `bias` is the relative attention bias, (buckets, heads)."""
-
-    layers: list[Layer]
-    bias: Tensor
-    norm: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """All weights of a T5. `head` is `embedding` itself where they are tied."""
-
-    embedding: Tensor
-    head: Tensor
-    encoder: Stack
-    decoder: Stack
-
-
-def load_weights(checkpoint: Checkpoint, shape: Shape, device: str, dtype: torch.dtype) -> Weights:
-    """Read the weights of a checkpoint.
+    Args:
+        checkpoint: where they lie.
+        shape: what it says of itself.
+        device: where they go.
+        dtype: what they are converted to; None leaves them as they are.
 
     Raises:
-        CheckpointError: a weight is missing.
+        CheckpointError: from any method: a weight is missing.
     """
-    raw: dict[str, Tensor] = {}
-    for path in sorted(checkpoint.path.glob("*.safetensors")):
-        raw.update(load_file(path))
 
-    def get(*names: str) -> Tensor:
-        for name in names:
-            if name in raw:
-                return raw[name].to(device=device, dtype=dtype)
-        raise CheckpointError(f"model {checkpoint.name!r} has no weight {names[0]}")
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        shape: Shape,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._name = checkpoint.name
+        self._shape = shape
+        self._place = {"device": device, "dtype": dtype}
+        self._files: dict[str, Path] = {}
+        for path in sorted(checkpoint.path.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
 
-    def attention(prefix: str, name: str) -> Attention:
-        parts = [get(f"{prefix}.{name}.{part}.weight") for part in "qkvo"]
-        return Attention(get(f"{prefix}.layer_norm.weight"), *parts)
+    def embedding(self) -> Tensor:
+        """(vocabulary, width)."""
+        return self._get(
+            "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+        )
 
-    def feed_forward(prefix: str) -> FeedForward:
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return "lm_head.weight" not in self._files
+
+    def head(self) -> Tensor:
+        """(vocabulary, width)."""
+        return self.embedding() if self.tied else self._get("lm_head.weight")
+
+    def attention(self, side: str, layer: int) -> Attention:
+        """Self-attention of a layer of the `encoder` or `decoder`."""
+        return self._attention(f"{side}.block.{layer}.layer.0", "SelfAttention")
+
+    def cross_attention(self, layer: int) -> Attention:
+        """Cross-attention of a decoder layer."""
+        return self._attention(f"decoder.block.{layer}.layer.1", "EncDecAttention")
+
+    def feed_forward(self, side: str, layer: int) -> FeedForward:
+        """Feed-forward of a layer."""
+        prefix = f"{side}.block.{layer}.layer.{2 if side == 'decoder' else 1}"
         name = f"{prefix}.DenseReluDense"
         inner = (
-            torch.cat([get(f"{name}.wi_0.weight"), get(f"{name}.wi_1.weight")])
-            if shape.gated
-            else get(f"{name}.wi.weight")
+            torch.cat([self._get(f"{name}.wi_0.weight"), self._get(f"{name}.wi_1.weight")])
+            if self._shape.gated
+            else self._get(f"{name}.wi.weight")
         )
-        return FeedForward(get(f"{prefix}.layer_norm.weight"), inner, get(f"{name}.wo.weight"))
+        return FeedForward(
+            self._get(f"{prefix}.layer_norm.weight"), inner, self._get(f"{name}.wo.weight")
+        )
 
-    def stack(side: str, count: int) -> Stack:
-        decodes = side == "decoder"
-        layers = []
-        for index in range(count):
-            prefix = f"{side}.block.{index}.layer"
-            layers.append(
-                Layer(
-                    attention(f"{prefix}.0", "SelfAttention"),
-                    attention(f"{prefix}.1", "EncDecAttention") if decodes else None,
-                    feed_forward(f"{prefix}.{2 if decodes else 1}"),
-                )
-            )
-        bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        return Stack(layers, get(bias), get(f"{side}.final_layer_norm.weight"))
+    def bias(self, side: str) -> Tensor:
+        """Relative attention bias, (buckets, heads)."""
+        return self._get(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
 
-    embedding = get("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    head = get("lm_head.weight") if "lm_head.weight" in raw else embedding
-    return Weights(
-        embedding,
-        head,
-        stack("encoder", shape.encoder_layers),
-        stack("decoder", shape.decoder_layers),
-    )
+    def final_norm(self, side: str) -> Tensor:
+        """(width,)."""
+        return self._get(f"{side}.final_layer_norm.weight")
+
+    def _attention(self, prefix: str, name: str) -> Attention:
+        parts = [self._get(f"{prefix}.{name}.{part}.weight") for part in "qkvo"]
+        return Attention(self._get(f"{prefix}.layer_norm.weight"), *parts)
+
+    def _get(self, *names: str) -> Tensor:
+        for name in names:
+            if name in self._files:
+                with safe_open(self._files[name], framework="pt") as file:
+                    # A copy: what the file gives may be a view of its pages.
+                    return file.get_tensor(name).to(**self._place, copy=True)
+        raise CheckpointError(f"model {self._name!r} has no weight {names[0]}")
+
+
+def buckets(shape: Shape, offset: Tensor, *, bidirectional: bool) -> Tensor:
+    """T5's relative position buckets: exact for near keys, logarithmic for far ones.
+
+    Args:
+        shape: the model's.
+        offset: key's position less query's, int64.
+        bidirectional: whether keys behind the query count.
+    """
+    count = shape.buckets // 2 if bidirectional else shape.buckets
+    distance = offset.abs() if bidirectional else (-offset).clamp(min=0)
+    exact = count // 2
+    ratio = torch.log(distance.float() / exact) / math.log(shape.max_distance / exact)
+    far = exact + (ratio * (count - exact)).to(torch.long)
+    bucket = torch.where(distance < exact, distance, far.clamp(max=count - 1))
+    return bucket + (offset > 0) * count if bidirectional else bucket

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serve_app.engine.model import T5
+from serve_app.engine.gpu.model import T5
 from serve_app.engine.queue import Entry
 
 LOWEST = torch.finfo(torch.float32).min
@@ -27,7 +27,7 @@ class Group:
 
     State of slot i (the first dimension): `tokens` (beams, 1 + steps), the start token first;
     `steps`, the tokens generated so far; the request's `least` and `most` new tokens, n-gram size
-    `ngram`, `penalty` and `early` stopping; `sources`, the length of its input. For beam search
+    `ngram`, length `penalty`, `repetition` penalty and `early` stopping; `sources`, the length of its input. For beam search
     `scores` (beams,), `ancestry` (beams, steps), and of the finished hypotheses `best_tokens`,
     `best_scores`, `best_done`, `best_steps`; `improvable` says whether running beams may still beat
     them.
@@ -35,7 +35,7 @@ class Group:
 
     _SLOTTED = (
         "tokens", "steps", "least", "most", "ngram", "penalty", "early", "scores", "ancestry",
-        "best_tokens", "best_scores", "best_done", "best_steps", "improvable", "sources",
+        "best_tokens", "best_scores", "best_done", "best_steps", "improvable", "sources", "repetition",
     )  # fmt: skip
     _CACHES = ("keys", "values", "cross_keys", "cross_values")  # the slot is the second dimension
 
@@ -52,6 +52,7 @@ class Group:
         self.tokens = empty(0, beams, 1)
         self.steps, self.least, self.most, self.ngram = (empty(0) for _ in range(4))
         self.penalty = empty(0, dtype=torch.float64)
+        self.repetition = empty(0, dtype=torch.float32)
         self.early, self.improvable = (empty(0, dtype=torch.bool) for _ in range(2))
         self.scores = empty(0, beams, dtype=torch.float32)
         self.ancestry = empty(0, beams, 0)
@@ -75,6 +76,11 @@ class Group:
     def rows(self) -> int:
         """Rows of the batch that the group's documents take."""
         return len(self.entries) * self.beams
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the attention's caches."""
+        return sum(getattr(self, name).nbytes for name in self._CACHES)
 
     @property
     def longest(self) -> int:
@@ -102,6 +108,7 @@ class Group:
             self.most[index] = settings.max_new_tokens
             self.ngram[index] = settings.no_repeat_ngram_size
             self.penalty[index] = settings.length_penalty
+            self.repetition[index] = settings.repetition_penalty
             self.early[index] = settings.early_stopping
             self.sources[index] = length
         self.tokens[slots, :, 0] = self._model.shape.start_id
@@ -159,7 +166,7 @@ class Group:
         return self.tokens[:count].gather(2, here).flatten()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Self-attention of the group's rows; see `serve_app.engine.model.SelfAttend`."""
+        """Self-attention of the group's rows; see `serve_app.engine.gpu.model.SelfAttend`."""
         count = len(self.entries)
         depth = max(self._depth) + 1
         here = self.steps[:count]
@@ -171,7 +178,7 @@ class Group:
         return self._by_row(torch.softmax(scores, -1).to(values.dtype) @ values)
 
     def cross(self, layer: int, query: Tensor) -> Tensor:
-        """Cross-attention of the group's rows; see `serve_app.engine.model.CrossAttend`."""
+        """Cross-attention of the group's rows; see `serve_app.engine.gpu.model.CrossAttend`."""
         count, source = len(self.entries), max(self._source)
         keys = self.cross_keys[layer, :count, ..., :source]
         values = self.cross_values[layer, :count, :, :source]

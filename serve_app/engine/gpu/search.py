@@ -10,24 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve_app.engine.slots import UNLIKELY, Group
+from serve_app.engine.gpu.slots import UNLIKELY, Group
+from serve_app.engine.protocol import TokenConstraints
 
 _NEVER = float("-inf")
 
 
-def greedy_step(group: Group, logits: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
+def greedy_step(
+    group: Group, logits: Tensor, eos_id: int, constraints: TokenConstraints
+) -> tuple[Tensor, Tensor]:
     """Append each document's likeliest token.
 
     Args:
         group: one beam per document; `Group.begin` has been called for this step.
         logits: (documents, vocabulary), float32; changed in place.
         eos_id: the end token.
+        constraints: of the model.
 
     Returns:
         The tokens, (documents,), and whether each document is done with it.
     """
     count = len(group)
-    _ban(group, logits, eos_id)
+    _process(group, logits, eos_id, constraints)
     chosen = logits.argmax(-1)
     generated = group.steps[:count] + 1
     group.tokens[:count].scatter_(2, generated[:, None, None], chosen[:, None, None])
@@ -35,13 +39,14 @@ def greedy_step(group: Group, logits: Tensor, eos_id: int) -> tuple[Tensor, Tens
     return chosen, (chosen == eos_id) | (generated >= group.most[:count])
 
 
-def beam_step(group: Group, logits: Tensor, eos_id: int) -> Tensor:
+def beam_step(group: Group, logits: Tensor, eos_id: int, constraints: TokenConstraints) -> Tensor:
     """Extend each document's beams.
 
     Args:
         group: two or more beams per document; `Group.begin` has been called for this step.
         logits: (documents * beams, vocabulary), float32.
         eos_id: the end token.
+        constraints: of the model.
 
     Returns:
         Whether each document is done, (documents,).
@@ -49,7 +54,7 @@ def beam_step(group: Group, logits: Tensor, eos_id: int) -> Tensor:
     count, beams = len(group), group.beams
     vocabulary = logits.shape[-1]
     scores = torch.log_softmax(logits, -1)
-    _ban(group, scores, eos_id)
+    _process(group, scores, eos_id, constraints)
     totals = scores.view(count, beams, vocabulary) + group.scores[:count, :, None]
     # Twice as many as beams: even if every beam's best is the end token, enough go on.
     top, index = totals.flatten(1).topk(2 * beams)
@@ -91,25 +96,57 @@ def beam_step(group: Group, logits: Tensor, eos_id: int) -> Tensor:
     return ~improvable | (done.all(1) & early) | ends.all(1)
 
 
-def output(group: Group, slot: int, eos_id: int) -> tuple[list[int], bool]:
-    """A done document's tokens without start and end token, and whether it has an end token."""
+def output(group: Group, slot: int) -> list[int]:
+    """A done document's tokens without the start token."""
     if group.beams == 1:
-        ids = group.tokens[slot, 0, 1 : int(group.steps[slot]) + 1].tolist()
+        ids = group.tokens[slot, 0, 1 : int(group.steps[slot]) + 1]
     else:
-        ids = group.best_tokens[slot, 0, 1 : int(group.best_steps[slot, 0]) + 1].tolist()
-    if ids and ids[-1] == eos_id:
-        return ids[:-1], True
-    return ids, False
+        ids = group.best_tokens[slot, 0, 1 : int(group.best_steps[slot, 0]) + 1]
+    return ids.tolist()
 
 
-def _ban(group: Group, scores: Tensor, eos_id: int) -> None:
-    """Apply minimum length and n-gram ban to `scores` (rows, vocabulary), in place."""
+def _process(group: Group, scores: Tensor, eos_id: int, constraints: TokenConstraints) -> None:
+    """Apply settings and constraints to `scores` (rows, vocabulary), in place, in the order in
+    which transformers does it."""
     count, beams = len(group), group.beams
-    short = (group.steps[:count] < group.least[:count]).repeat_interleave(beams)
-    scores[:, eos_id].masked_fill_(short, _NEVER)
-    for size in {entry.request.settings.no_repeat_ngram_size for entry in group.entries} - {0}:
+    steps = group.steps[:count].repeat_interleave(beams)
+    settings = [entry.request.settings for entry in group.entries]
+    if any(one.repetition_penalty != 1.0 for one in settings):
+        _penalize(group, scores)
+    for size in {one.no_repeat_ngram_size for one in settings} - {0}:
         asks = (group.ngram[:count] == size).repeat_interleave(beams)
         _ban_repeats(group, scores, size, asks)
+    short = steps < group.least[:count].repeat_interleave(beams)
+    scores[:, eos_id].masked_fill_(short, _NEVER)
+    if constraints.forced_first is not None:
+        _force(scores, steps == 0, constraints.forced_first)
+    if constraints.forced_last is not None:
+        last = steps == group.most[:count].repeat_interleave(beams) - 1
+        _force(scores, last, constraints.forced_last)
+    if constraints.suppressed:
+        scores[:, list(constraints.suppressed)] = _NEVER
+    if constraints.begin_suppressed:
+        begins = steps == (0 if constraints.forced_first is None else 1)
+        ids = list(constraints.begin_suppressed)
+        scores[:, ids] = torch.where(begins[:, None], _NEVER, scores[:, ids])
+
+
+def _force(scores: Tensor, where: Tensor, token: int) -> None:
+    scores.masked_fill_(where[:, None], _NEVER)
+    scores[:, token].masked_fill_(where, 0.0)
+
+
+def _penalize(group: Group, scores: Tensor) -> None:
+    """Repetition penalty (Keskar et al. 2019) on every token that a row has, once."""
+    count, beams = len(group), group.beams
+    longest = group.longest + 1
+    tokens = group.tokens[:count, :, :longest].flatten(0, 1)
+    position = torch.arange(longest, device=scores.device)
+    behind = position > group.steps[:count].repeat_interleave(beams)[:, None]
+    tokens = torch.where(behind, tokens[:, :1], tokens)  # the start token again: once is once
+    penalty = group.repetition[:count].repeat_interleave(beams)[:, None]
+    had = scores.gather(1, tokens)
+    scores.scatter_(1, tokens, torch.where(had < 0, had * penalty, had / penalty))
 
 
 def _ban_repeats(group: Group, scores: Tensor, size: int, asks: Tensor) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve_app.engine.linear import Linear
-from serve_app.engine.weights import Attention, Layer, Shape, Stack, Weights
+from serve_app.engine.weights import Attention, FeedForward, Shape, WeightSource, buckets
 
 # Given queries, keys and values of the rows' newest token, (rows, heads * head width) each, a
 # decoder's attention returns what the rows attended to, (rows, heads * head width).
@@ -27,45 +25,46 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 class _Cross:
     def __init__(self, part: Attention) -> None:
-        self.norm = part.norm
-        self.query = Linear(part.query)
-        self.out = Linear(part.out)
+        self.norm, self.query, self.out = part.norm, part.query, part.out
 
 
 class _Layer:
     """A block with its matrices ready for use; query, key and value in one."""
 
-    def __init__(self, layer: Layer) -> None:
-        part = layer.self_attention
-        self.norm = part.norm
-        self.joined = Linear(torch.cat([part.query, part.key, part.value]))
-        self.out = Linear(part.out)
-        self.cross = _Cross(layer.cross) if layer.cross is not None else None
-        self.inner_norm = layer.feed_forward.norm
-        self.inner = Linear(layer.feed_forward.inner)
-        self.inner_out = Linear(layer.feed_forward.out)
-
-
-class _Stack:
-    def __init__(self, stack: Stack) -> None:
-        self.layers = [_Layer(layer) for layer in stack.layers]
-        self.bias = stack.bias
-        self.norm = stack.norm
+    def __init__(self, attention: Attention, feed_forward: FeedForward) -> None:
+        self.norm = attention.norm
+        self.joined = torch.cat([attention.query, attention.key, attention.value])
+        self.out = attention.out
+        self.inner_norm = feed_forward.norm
+        self.inner, self.inner_out = feed_forward.inner, feed_forward.out
 
 
 class T5:
     """Weights and what is computed with them. All methods run without gradients."""
 
-    def __init__(self, weights: Weights, shape: Shape) -> None:
+    def __init__(self, weights: WeightSource, shape: Shape) -> None:
         self.shape = shape
         self._activation = _ACTIVATIONS[shape.activation]
-        self._embedding = weights.embedding
-        self._encoder = _Stack(weights.encoder)
-        self._decoder = _Stack(weights.decoder)
+        self._embedding = weights.embedding()
+        self._head = self._embedding if weights.tied else weights.head()
+        self._encoder, self._decoder = (
+            [
+                _Layer(weights.attention(side, i), weights.feed_forward(side, i))
+                for i in range(count)
+            ]
+            for side, count in (
+                ("encoder", shape.encoder_layers),
+                ("decoder", shape.decoder_layers),
+            )
+        )
+        self._encoder_bias_by_bucket = weights.bias("encoder")
+        self._decoder_bias_by_bucket = weights.bias("decoder")
+        self._encoder_norm = weights.final_norm("encoder")
+        self._decoder_norm = weights.final_norm("decoder")
+        parts = [weights.cross_attention(i) for i in range(shape.decoder_layers)]
+        self._cross = [_Cross(part) for part in parts]
         # Keys and values of all decoder layers in one matmul over the encoder's output.
-        cross = [layer.cross for layer in weights.decoder.layers if layer.cross is not None]
-        self._cross_in = Linear(torch.cat([w for part in cross for w in (part.key, part.value)]))
-        self._head = Linear(weights.head)
+        self._cross_in = torch.cat([w for part in parts for w in (part.key, part.value)])
         self._distance_bias = torch.empty(shape.heads, 0)
 
     @property
@@ -89,23 +88,23 @@ class T5:
             Cross-attention keys, (layers, documents, heads, head width, source), and values,
             (layers, documents, heads, source, head width).
         """
-        shape, stack = self.shape, self._encoder
+        shape = self.shape
         documents, source = ids.shape
         bias = self._encoder_bias(source) + _blocked(~mask)[:, None, None, :]
         hidden = functional.embedding(ids, self._embedding)
-        for layer in stack.layers:
+        for layer in self._encoder:
             query, key, value = (
-                layer.joined(self._norm(hidden, layer.norm))
+                functional.linear(self._norm(hidden, layer.norm), layer.joined)
                 .view(documents, source, 3, shape.heads, shape.head_width)
                 .permute(2, 0, 3, 1, 4)
             )
             scores = query @ key.transpose(-1, -2) + bias
             mixed = torch.softmax(scores.float(), -1).to(value.dtype) @ value
             mixed = mixed.transpose(1, 2).reshape(documents, source, -1)
-            hidden = hidden + layer.out(mixed)
+            hidden = hidden + functional.linear(mixed, layer.out)
             hidden = hidden + self._feed_forward(hidden, layer)
-        hidden = self._norm(hidden, stack.norm)
-        cross = self._cross_in(hidden).view(
+        hidden = self._norm(hidden, self._encoder_norm)
+        cross = functional.linear(hidden, self._cross_in).view(
             documents, source, shape.decoder_layers, 2, shape.heads, shape.head_width
         )
         return cross[:, :, :, 0].permute(2, 0, 3, 4, 1), cross[:, :, :, 1].permute(2, 0, 3, 1, 4)
@@ -121,54 +120,44 @@ class T5:
         Returns:
             (rows, vocabulary), float32.
         """
-        stack = self._decoder
         hidden = functional.embedding(ids, self._embedding)
-        for index, layer in enumerate(stack.layers):
-            query, key, value = layer.joined(self._norm(hidden, layer.norm)).chunk(3, -1)
+        for index, (layer, part) in enumerate(zip(self._decoder, self._cross, strict=True)):
+            joined = functional.linear(self._norm(hidden, layer.norm), layer.joined)
+            query, key, value = joined.chunk(3, -1)
             mixed = attend(index, query, key, value)
-            hidden = hidden + layer.out(mixed)
-            part = layer.cross
-            assert part is not None
-            mixed = cross(index, part.query(self._norm(hidden, part.norm)))
-            hidden = hidden + part.out(mixed)
+            hidden = hidden + functional.linear(mixed, layer.out)
+            normed = self._norm(hidden, part.norm)
+            mixed = cross(index, functional.linear(normed, part.query))
+            hidden = hidden + functional.linear(mixed, part.out)
             hidden = hidden + self._feed_forward(hidden, layer)
-        hidden = self._norm(hidden, stack.norm) * self.shape.head_scale
-        return self._head(hidden).float()
+        hidden = self._norm(hidden, self._decoder_norm) * self.shape.head_scale
+        return functional.linear(hidden, self._head).float()
 
     def distance_bias(self, distances: int) -> Tensor:
         """Decoder self-attention bias by how far back a key lies: (heads, at least `distances`)."""
         if self._distance_bias.shape[1] < distances:
             back = torch.arange(max(distances, 128), device=self.device)
-            buckets = self._bucket(-back, bidirectional=False)
-            self._distance_bias = self._decoder.bias[buckets].T.contiguous()
+            found = buckets(self.shape, -back, bidirectional=False)
+            self._distance_bias = self._decoder_bias_by_bucket[found].T.contiguous()
         return self._distance_bias
 
     def _encoder_bias(self, source: int) -> Tensor:
         """(heads, source, source), from one row of biases by offset."""
         offsets = torch.arange(1 - source, source, device=self.device)
-        by_offset = self._encoder.bias[self._bucket(offsets, bidirectional=True)]
+        found = buckets(self.shape, offsets, bidirectional=True)
+        by_offset = self._encoder_bias_by_bucket[found]
         position = torch.arange(source, device=self.device)
         index = position[None, :] - position[:, None] + source - 1
         return by_offset[index].permute(2, 0, 1)
 
-    def _bucket(self, offset: Tensor, *, bidirectional: bool) -> Tensor:
-        """T5's relative position buckets: exact for near keys, logarithmic for far ones."""
-        buckets = self.shape.buckets // 2 if bidirectional else self.shape.buckets
-        distance = offset.abs() if bidirectional else (-offset).clamp(min=0)
-        exact = buckets // 2
-        ratio = torch.log(distance.float() / exact) / math.log(self.shape.max_distance / exact)
-        far = exact + (ratio * (buckets - exact)).to(torch.long)
-        bucket = torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
-        return bucket + (offset > 0) * buckets if bidirectional else bucket
-
     def _feed_forward(self, hidden: Tensor, layer: _Layer) -> Tensor:
-        inner = layer.inner(self._norm(hidden, layer.inner_norm))
+        inner = functional.linear(self._norm(hidden, layer.inner_norm), layer.inner)
         if self.shape.gated:
             gate, linear = inner.chunk(2, -1)
             inner = self._activation(gate) * linear
         else:
             inner = self._activation(inner)
-        return layer.inner_out(inner)
+        return functional.linear(inner, layer.inner_out)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Root mean square norm, no mean taken off, in float32."""

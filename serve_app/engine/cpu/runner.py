@@ -1,0 +1,178 @@
+"""The running batch on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+
+import torch
+
+from serve_app.engine import native
+from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.cpu.linear import Precision
+from serve_app.engine.cpu.model import CpuT5, StepRows
+from serve_app.engine.cpu.state import State
+from serve_app.engine.queue import Entry
+from serve_app.engine.runner import Advance, Plan
+from serve_app.engine.speculation import LONGEST_RUN, MOST_DRAFTS, Draft, Speculation
+from serve_app.engine.weights import WeightSource, read_shape
+
+_TOGETHER = 1_024  # tokens encoded at once: more would leave the second-level cache
+_DRAFT_ROWS = 64  # rows of a step that drafts may take, at most
+
+
+class _Rows(ctypes.Structure):
+    """`Rows` of native/search.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("tokens", "lanes", "positions", "firsts", "counts")
+    )
+
+
+class CpuRunner:
+    """See `serve_app.engine.runner.Runner`."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        kernels = native.load()
+        assert kernels is not None
+        self._kernels = kernels
+        self.shape = read_shape(checkpoint.config)
+        precision = Precision(plan.dtype)
+        self._model = CpuT5(WeightSource(checkpoint, self.shape), self.shape, precision)
+        self._state = State(
+            self.shape, checkpoint.constraints, precision.between,
+            lanes=plan.rows, steps=plan.steps, source=plan.source,
+        )  # fmt: skip
+        self._speculation = Speculation() if plan.speculation else None
+        self.entries: list[Entry] = []
+        self._slots: list[int] = []
+        self._rows = StepRows(0, 0)
+        self._run = ctypes.c_int32()
+        self._changed = True  # who is in the batch, since the last step
+
+    @property
+    def rows(self) -> int:
+        """See `Runner.rows`."""
+        return self._state.lane_count - len(self._state.free_lanes)
+
+    @property
+    def cache_bytes(self) -> int:
+        """See `Runner.cache_bytes`."""
+        return self._state.cache_bytes
+
+    def admit(self, entries: Sequence[Entry]) -> None:
+        """See `Runner.admit`."""
+        slots: list[int] = []
+        try:
+            slots.extend(self._state.admit(entry.request) for entry in entries)
+            batch: list[int] = []
+            for index in [*range(len(entries)), None]:
+                tokens = sum(entries[i].tokens for i in batch)
+                if batch and (index is None or tokens + entries[index].tokens > _TOGETHER):
+                    self._model.encode(
+                        [entries[i].request.input_ids for i in batch],
+                        self._state,
+                        [slots[i] for i in batch],
+                    )
+                    batch = []
+                if index is not None:
+                    batch.append(index)
+        except Exception:
+            for slot in slots:
+                self._state.release(slot)
+            raise
+        self.entries.extend(entries)
+        self._slots.extend(slots)
+        self._changed = True
+
+    def leave(self, entries: Sequence[Entry]) -> None:
+        """See `Runner.leave`."""
+        for entry in entries:
+            index = self.entries.index(entry)
+            self._state.release(self._slots[index])
+            del self.entries[index], self._slots[index]
+        self._changed = True
+        self._state.check(self._slots)
+
+    def step(self) -> list[Advance]:
+        """See `Runner.step`."""
+        rows, state = self._lay_out(), self._state
+        began = time.perf_counter()
+        drafts = self._draft()
+        search = ctypes.addressof(state.search)
+        rows.count = self._kernels.t5_begin(
+            search, ctypes.addressof(self._pointers), rows.documents, rows.slots.data_ptr(),
+            self._drafts.data_ptr(), self._drafted.data_ptr(), MOST_DRAFTS,
+        )  # fmt: skip
+        logits = self._model.decode(rows, state)
+        made = torch.empty(rows.documents, dtype=torch.int32)
+        done = torch.empty(rows.documents, dtype=torch.uint8)
+        chosen = torch.empty(rows.count, dtype=torch.int32)
+        self._kernels.t5_choose(
+            search, ctypes.addressof(self._pointers), rows.documents, rows.slots.data_ptr(),
+            rows.count, logits.values.data_ptr(), logits.values.stride(0),
+            None if logits.scales is None else logits.scales.data_ptr(),
+            chosen.data_ptr(), made.data_ptr(), done.data_ptr(),
+        )  # fmt: skip
+        advances = []
+        made_by, done_by = made.tolist(), done.tolist()
+        if self._speculation is not None:
+            self._speculation.took(rows.count, time.perf_counter() - began)
+            firsts = chosen[rows.firsts.long()].tolist()
+            for draft in drafts:
+                self._speculation.learn(draft, made_by[draft.document], firsts[draft.document])
+        for entry, slot, count, over in zip(
+            self.entries, self._slots, made_by, done_by, strict=True
+        ):
+            settings = entry.request.settings
+            new = ()
+            if entry.request.stream and settings.num_beams == 1:
+                new = state.tokens(slot)[-count:].tolist()
+            output = state.output(slot) if over else None
+            advances.append(Advance(entry, count, new, output))
+        return advances
+
+    def _draft(self) -> list[Draft]:
+        """Look up what greedy documents may say next, and decide how much of it to try."""
+        self._drafted.zero_()
+        if self._speculation is None:
+            return []
+        found: list[Draft] = []
+        for index, (entry, slot) in enumerate(zip(self.entries, self._slots, strict=True)):
+            room = self._state.room(slot) - 1
+            if entry.request.settings.num_beams > 1 or room < 1:
+                continue
+            tokens, to = self._state.tokens(slot), self._drafts[index]
+            count = self._kernels.t5_propose(
+                self._state.sources[slot].ctypes.data, entry.tokens, tokens.ctypes.data,
+                len(tokens), LONGEST_RUN, min(MOST_DRAFTS, room), to.data_ptr(),
+                ctypes.addressof(self._run),
+            )  # fmt: skip
+            if count:
+                found.append(Draft(index, self._run.value, count, int(to[0])))
+        self._speculation.decide(found, self.rows, _DRAFT_ROWS)
+        for draft in found:
+            self._drafted[draft.document] = draft.tried
+        return found
+
+    def _lay_out(self) -> StepRows:
+        """The step's documents; built anew only after somebody came or left."""
+        if not self._changed:
+            return self._rows
+        documents = len(self._slots)
+        rows = StepRows(self.rows + _DRAFT_ROWS, documents)
+        rows.documents = documents
+        rows.slots.copy_(torch.tensor(self._slots, dtype=torch.int32))
+        rows.sources.copy_(torch.tensor([e.tokens for e in self.entries], dtype=torch.int32))
+        self._rows, self._changed = rows, False
+        self._drafts = torch.zeros(documents, MOST_DRAFTS, dtype=torch.int32)
+        self._drafted = torch.zeros(documents, dtype=torch.int32)
+        self._pointers = _Rows(
+            tokens=rows.tokens.data_ptr(), lanes=rows.lanes.data_ptr(),
+            positions=rows.positions.data_ptr(), firsts=rows.firsts.data_ptr(),
+            counts=rows.counts.data_ptr(),
+        )  # fmt: skip
+        if self._state.self_caches[0].distances < self._state.steps_room:
+            self._state.set_bias(self._model.distance_bias(self._state.steps_room))
+        return rows

@@ -1,0 +1,1 @@
+"""T5 in plain torch: on a GPU, and on a CPU for which the kernels have not been built."""

@@ -1,0 +1,114 @@
+"""The running batch in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.gpu.model import T5
+from serve_app.engine.gpu.search import beam_step, greedy_step, output
+from serve_app.engine.gpu.slots import Group
+from serve_app.engine.queue import Entry
+from serve_app.engine.runner import Advance, Plan
+from serve_app.engine.thread import padded
+from serve_app.engine.weights import WeightSource, read_shape
+
+_SIMILAR = 0.7  # documents of one microbatch have at least this share of its longest
+
+
+class TorchRunner:
+    """See `serve_app.engine.runner.Runner`."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        self.shape = read_shape(checkpoint.config)
+        weights = WeightSource(checkpoint, self.shape, plan.device, getattr(torch, plan.dtype))
+        self._model = T5(weights, self.shape)
+        self._constraints = checkpoint.constraints
+        self._groups: dict[int, Group] = {}  # by number of beams
+
+    @property
+    def entries(self) -> list[Entry]:
+        """See `Runner.entries`."""
+        return [entry for group in self._groups.values() for entry in group.entries]
+
+    @property
+    def rows(self) -> int:
+        """See `Runner.rows`."""
+        return sum(group.rows for group in self._groups.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """See `Runner.cache_bytes`."""
+        return sum(group.cache_bytes for group in self._groups.values())
+
+    def admit(self, entries: Sequence[Entry]) -> None:
+        """See `Runner.admit`."""
+        encoded = [(batch, self._encode(batch)) for batch in _microbatches(entries)]
+        for batch, (keys, values) in encoded:
+            for beams in {entry.request.settings.num_beams for entry in batch}:
+                mine = [i for i, e in enumerate(batch) if e.request.settings.num_beams == beams]
+                if beams not in self._groups:
+                    self._groups[beams] = Group(self._model, beams)
+                self._groups[beams].admit(
+                    [batch[i] for i in mine],
+                    [batch[i].tokens for i in mine],
+                    (keys[:, mine], values[:, mine]),
+                )
+
+    def leave(self, entries: Sequence[Entry]) -> None:
+        """See `Runner.leave`."""
+        gone = set(map(id, entries))
+        for group in self._groups.values():
+            group.leave([slot for slot, entry in enumerate(group.entries) if id(entry) in gone])
+
+    def step(self) -> list[Advance]:
+        """See `Runner.step`."""
+        groups = [group for group in self._groups.values() if len(group)]
+        eos_id = self.shape.eos_id
+        rows = [group.rows for group in groups]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            parts = zip(groups, *(part.split(rows) for part in (query, key, value)), strict=True)
+            return _joined([group.attend(layer, q, k, v) for group, q, k, v in parts])
+
+        def cross(layer: int, query: Tensor) -> Tensor:
+            parts = zip(groups, query.split(rows), strict=True)
+            return _joined([group.cross(layer, part) for group, part in parts])
+
+        ids = _joined([group.begin() for group in groups])
+        logits = self._model.decode(ids, attend, cross)
+        advances: list[Advance] = []
+        for group, part in zip(groups, logits.split(rows), strict=True):
+            if group.beams == 1:
+                chosen, done = greedy_step(group, part, eos_id, self._constraints)
+                news, flags = chosen.tolist(), done.tolist()
+            else:
+                flags = beam_step(group, part, eos_id, self._constraints).tolist()
+                news = [None] * len(group)
+            for slot, (entry, new, over) in enumerate(zip(group.entries, news, flags, strict=True)):
+                streamed = [new] if entry.request.stream and new is not None else []
+                advances.append(Advance(entry, 1, streamed, output(group, slot) if over else None))
+        return advances
+
+    def _encode(self, batch: list[Entry]) -> tuple[Tensor, Tensor]:
+        ids, mask = padded(batch, self.shape.pad_id, self._model.device)
+        return self._model.encode(ids, mask)
+
+
+def _microbatches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Documents of similar length together, so that little is encoded that is padding."""
+    batch: list[Entry] = []
+    for entry in sorted(entries, key=lambda entry: -entry.tokens):
+        if batch and entry.tokens < _SIMILAR * batch[0].tokens:
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

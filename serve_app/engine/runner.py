@@ -1,0 +1,69 @@
+"""What the scheduler asks of whoever holds the running batch: one on a CPU, one on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.engine.queue import Entry
+from serve_app.engine.weights import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to make room for.
+
+    Args:
+        device: torch device.
+        dtype: `float32`, `bfloat16` or `int8`.
+        rows: of the batch; a document takes one for each beam.
+        steps: new tokens of a document.
+        source: input tokens of a document.
+        speculation: whether greedy documents may be advanced by lookup.
+    """
+
+    device: str
+    dtype: str
+    rows: int
+    steps: int
+    source: int
+    speculation: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a step did for a document.
+
+    `made` counts its new tokens, `new` are they, for a request that streams. `output` is all it
+    has, once it is done: without the start token, with the end token if it has come to that.
+    """
+
+    entry: Entry
+    made: int
+    new: Sequence[int]
+    output: list[int] | None
+
+
+class Runner(Protocol):
+    """Documents in slots. All methods are called on the engine's thread."""
+
+    shape: Shape
+    entries: list[Entry]
+
+    @property
+    def rows(self) -> int:
+        """Rows taken."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of what is kept for attention."""
+
+    def admit(self, entries: Sequence[Entry]) -> None:
+        """Encode documents and give them slots. When it raises, none has been admitted."""
+
+    def leave(self, entries: Sequence[Entry]) -> None:
+        """Free the slots of documents."""
+
+    def step(self) -> list[Advance]:
+        """One decode step for all documents, in the order of `entries`."""
