@@ -1,12 +1,15 @@
-"""Matrix products with weights laid out once for oneDNN, as `torch.compile` does on freezing.
+"""Matrix products: the encoder's by oneDNN, a decode step's by own kernels.
 
-With few rows a plain product spends most of its time reading the weight badly. A layout made for 32
-rows serves 1 to 4,096 as well as layouts of their own do (measured: docs/performance.md), so that
-each weight is held once.
+The encoder multiplies hundreds of rows at a time and is bound by arithmetic, at which oneDNN is as
+good as the machine. Weights are laid out for it once, as `torch.compile` does on freezing; a layout
+made for 32 rows serves 1 to 4,096 as well as one of their own (measured: docs/performance.md), so
+that each weight is held once. A step multiplies few rows and is bound by reading the weights and by
+the price of a call: native/linear.cpp.
 """
 
 from __future__ import annotations
 
+import ctypes
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -16,7 +19,7 @@ from torch import Tensor
 from serve_app.engine import native
 
 _ROWS = 32
-_PANEL = 48  # columns of the logits that native/encoder.cpp makes at once
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # native/vectors.h
 
 
 class Precision(Enum):
@@ -32,8 +35,13 @@ class Precision(Enum):
 
     @property
     def between(self) -> torch.dtype:
-        """What products give out, and what caches hold."""
+        """What products give out, and what self-attention's caches hold."""
         return torch.float32 if self is Precision.FLOAT32 else torch.bfloat16
+
+    @property
+    def kept(self) -> torch.dtype:
+        """What cross-attention's caches hold; bytes with a scale for each position of a head."""
+        return torch.int8 if self is Precision.INT8 else self.between
 
     @property
     def taken(self) -> torch.dtype:
@@ -51,6 +59,11 @@ class Rows(NamedTuple):
     scales: Tensor | None = None
     positive: bool = False
 
+    @property
+    def zero(self) -> int:
+        """What stands for 0 among bytes."""
+        return 0 if self.positive else 128
+
 
 class Linear(Protocol):
     """`x @ weight.T`."""
@@ -58,7 +71,32 @@ class Linear(Protocol):
     def __call__(self, x: Rows) -> Rows: ...
 
 
-class _Float:
+def many_rows(weight: Tensor, precision: Precision) -> Linear:
+    """The product with a weight, (out, in), for the encoder."""
+    if precision is Precision.INT8:
+        return _OneDnnInt8(weight)
+    return _OneDnn(weight.to(precision.between))
+
+
+def few_rows(weight: Tensor, precision: Precision) -> Linear:
+    """The product with a weight, (out, in), for a decode step."""
+    return _Panels(weight, precision, precision.between)
+
+
+def head(weight: Tensor, precision: Precision) -> Linear:
+    """The output head for a decode step. Gives float32 whatever the precision: around 10, where
+    logits are, bfloat16 has steps of 1/16, and rounding would decide between near ties."""
+    return _Panels(weight, precision, torch.float32)
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes q and scales s, with s = max |w| / 127 over each output channel and q = w / s."""
+    wide = weight.float()
+    scales = wide.abs().amax(1).clamp_(min=1e-12) / 127
+    return (wide / scales[:, None]).round_().to(torch.int8), scales
+
+
+class _OneDnn:
     """Weights in the rows' own type."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -69,63 +107,62 @@ class _Float:
         return Rows(self._product(x.values, self._packed, None, "none", [], ""))
 
 
-class _Int8:
-    """Weights in bytes: q = w / s, with s = max |w| / 127 over each output channel."""
+class _OneDnnInt8:
+    """Weights in bytes."""
 
-    def __init__(self, weight: Tensor, gives: torch.dtype) -> None:
-        wide = weight.float()
-        scales = wide.abs().amax(1).clamp_(min=1e-12) / 127
-        whole = (wide / scales[:, None]).round_().to(torch.int8)
+    def __init__(self, weight: Tensor) -> None:
+        whole, self._scales = quantized(weight)
         self._packed = torch.ops.onednn.qlinear_prepack(whole, [_ROWS, weight.shape[1]])
-        self._scales = scales
-        self._zeros = torch.zeros(len(scales), dtype=torch.int32)
-        self._gives = gives
+        self._zeros = torch.zeros(len(whole), dtype=torch.int32)
         self._product = torch.ops.onednn.qlinear_pointwise.default
 
     def __call__(self, x: Rows) -> Rows:
         # The rows' scales come to the sums later, with the next thing done to them.
         values = self._product(
-            x.values, 1.0, 0 if x.positive else 128, self._packed, self._scales, self._zeros, None,
-            1.0, 0, self._gives, "none", [], "",
+            x.values, 1.0, x.zero, self._packed, self._scales, self._zeros, None, 1.0, 0,
+            torch.bfloat16, "none", [], "",
         )  # fmt: skip
         return Rows(values, x.scales)
 
 
-class _Bfloat16Head:
-    """float32 logits of bfloat16 rows and weights, which oneDNN would round to bfloat16: with
-    values around 10 a step is 1/16 there, and near ties would be decided by rounding."""
+class _Linear(ctypes.Structure):
+    """`Linear` of native/linear.cpp."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._out, self._in = weight.shape
-        self._kernels = native.load()
-        self._packed = torch.empty(-(-self._out // _PANEL), _PANEL * self._in, dtype=weight.dtype)
-        self._kernels.t5_pack_head(
-            weight.contiguous().data_ptr(), self._out, self._in, self._packed.data_ptr()
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "sums", "scales")),
+        *((name, ctypes.c_int) for name in ("out", "in_", "kind")),
+    )
+
+
+class _Panels:
+    """Weights in native/linear.cpp's panels."""
+
+    def __init__(self, weight: Tensor, precision: Precision, gives: torch.dtype) -> None:
+        kernels = native.load()
+        assert kernels is not None
+        self._product = kernels.t5_linear
+        self._out, width = weight.shape
+        self._gives = gives
+        tile = kernels.t5_tile()
+        padded = -(-self._out // tile) * tile
+        scales = torch.zeros(padded)
+        if precision is Precision.INT8:
+            source, scales[: self._out] = quantized(weight)
+        else:
+            source = weight.to(precision.between)
+        sums = torch.zeros(padded, dtype=torch.int32)
+        packed = torch.empty(padded, width, dtype=source.dtype)
+        self._kept = packed, sums, scales
+        self._linear = _Linear(
+            *(kept.data_ptr() for kept in self._kept), self._out, width, FORMATS[precision.taken]
         )
-        self._logits = torch.empty(0, len(self._packed) * _PANEL)
+        self._address = ctypes.addressof(self._linear)
+        kernels.t5_pack(self._address, source.contiguous().data_ptr())
 
     def __call__(self, x: Rows) -> Rows:
-        rows = len(x.values)
-        if len(self._logits) < rows:
-            self._logits = torch.empty(rows, self._logits.shape[1])
-        self._kernels.t5_head(
-            x.values.data_ptr(), rows, self._packed.data_ptr(), self._out, self._in,
-            self._logits.data_ptr(), self._logits.shape[1],
+        values = torch.empty(len(x.values), self._out, dtype=self._gives)
+        self._product(
+            self._address, x.values.data_ptr(), None if x.scales is None else x.scales.data_ptr(),
+            x.zero, len(values), values.data_ptr(), FORMATS[self._gives], self._out,
         )  # fmt: skip
-        return Rows(self._logits[:rows])
-
-
-def linear(weight: Tensor, precision: Precision) -> Linear:
-    """The product with a weight, (out, in), of any floating type."""
-    if precision is Precision.INT8:
-        return _Int8(weight, torch.bfloat16)
-    return _Float(weight.to(precision.between))
-
-
-def head(weight: Tensor, precision: Precision) -> Linear:
-    """The output head; gives float32 whatever the precision."""
-    if precision is Precision.INT8:
-        return _Int8(weight, torch.float32)
-    if precision is Precision.BFLOAT16 and weight.shape[1] % 2 == 0:
-        return _Bfloat16Head(weight.to(torch.bfloat16))
-    return _Float(weight.float())
+        return Rows(values)

@@ -8,17 +8,25 @@ says what the products take and give.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from serve_app.engine import native
-from serve_app.engine.cpu.linear import Precision, Rows, head, linear
-from serve_app.engine.cpu.state import State
+from serve_app.engine.cpu.linear import (
+    FORMATS,
+    Linear,
+    Precision,
+    Rows,
+    few_rows,
+    head,
+    many_rows,
+)
+from serve_app.engine.cpu.state import State, padded_width
 from serve_app.engine.weights import Attention, FeedForward, Shape, WeightSource, buckets
 
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # native/vectors.h
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_new": 2, "silu": 3}  # native/rows.cpp
 
 
@@ -49,20 +57,22 @@ class StepRows:
 
 
 class _Block:
-    def __init__(self, attention: Attention, feed_forward: FeedForward, how: Precision) -> None:
+    def __init__(
+        self, attention: Attention, feed_forward: FeedForward, linear: Callable[[Tensor], Linear]
+    ) -> None:
         self.norm = attention.norm.float()
-        self.joined = linear(torch.cat([attention.query, attention.key, attention.value]), how)
-        self.out = linear(attention.out, how)
+        self.joined = linear(torch.cat([attention.query, attention.key, attention.value]))
+        self.out = linear(attention.out)
         self.inner_norm = feed_forward.norm.float()
-        self.inner = linear(feed_forward.inner, how)
-        self.inner_out = linear(feed_forward.out, how)
+        self.inner = linear(feed_forward.inner)
+        self.inner_out = linear(feed_forward.out)
 
 
 class _Cross:
-    def __init__(self, attention: Attention, how: Precision) -> None:
+    def __init__(self, attention: Attention, linear: Callable[[Tensor], Linear]) -> None:
         self.norm = attention.norm.float()
-        self.query = linear(attention.query, how)
-        self.out = linear(attention.out, how)
+        self.query = linear(attention.query)
+        self.out = linear(attention.out)
 
 
 class CpuT5:
@@ -75,21 +85,21 @@ class CpuT5:
         self.precision = precision
         self._kernels = kernels
         self._embedding = weights.embedding().to(precision.between).contiguous()
+        many = partial(many_rows, precision=precision)
+        few = partial(few_rows, precision=precision)
         self._encoder = [
-            _Block(weights.attention("encoder", i), weights.feed_forward("encoder", i), precision)
+            _Block(weights.attention("encoder", i), weights.feed_forward("encoder", i), many)
             for i in range(shape.encoder_layers)
         ]
         self._decoder: list[tuple[_Block, _Cross]] = []
         cross = []
         for i in range(shape.decoder_layers):
-            block = _Block(
-                weights.attention("decoder", i), weights.feed_forward("decoder", i), precision
-            )
+            block = _Block(weights.attention("decoder", i), weights.feed_forward("decoder", i), few)
             attention = weights.cross_attention(i)
-            self._decoder.append((block, _Cross(attention, precision)))
+            self._decoder.append((block, _Cross(attention, few)))
             cross.append(torch.cat([attention.key, attention.value]))
         # Keys and values of all decoder layers in one product over the encoder's output.
-        self._cross_in = linear(torch.cat(cross), precision)
+        self._cross_in = many(torch.cat(cross))
         del cross
         self._encoder_norm = weights.final_norm("encoder").float()
         # The decoder's last norm takes the scale of its output with it.
@@ -98,7 +108,7 @@ class CpuT5:
         self._encoder_buckets = weights.bias("encoder").float()
         self._decoder_buckets = weights.bias("decoder").float()
         self._encoder_shape = _Encoder(
-            heads=shape.heads, width=shape.head_width, padded=-(-shape.head_width // 32) * 32
+            heads=shape.heads, width=shape.head_width, padded=padded_width(shape)
         )
         self._reach(512)
         self._inner = shape.heads * shape.head_width
@@ -116,14 +126,17 @@ class CpuT5:
         lengths = [len(document) for document in documents]
         self._reach(max(lengths))
         starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        ids = torch.tensor([i for document in documents for i in document], dtype=torch.int32)
-        count = len(ids)
+        # oneDNN makes a kernel for each number of rows it meets: let there be few.
+        count = padded_rows(sum(lengths))
+        ids = torch.zeros(count, dtype=torch.int32)
+        ids[: sum(lengths)] = torch.tensor([i for document in documents for i in document])
         hidden = self._embedded(ids, count)
         mixed = torch.empty(count, self._inner)
         addend: Rows | None = None
         for block in self._encoder:
             joined = block.joined(self._add_norm(hidden, addend, block.norm))
             attended = self._output(count, self._inner)
+            attended.values[sum(lengths) :] = 0
             self._kernels.t5_encoder_attention(
                 ctypes.addressof(self._encoder_shape), *_input(joined), len(documents),
                 starts.data_ptr(), mixed.data_ptr(), *_output(attended),
@@ -183,7 +196,7 @@ class CpuT5:
         hidden = torch.empty(count, width)
         self._kernels.t5_embed(
             ids.data_ptr(), count, width, self._embedding.data_ptr(),
-            _FORMATS[self._embedding.dtype], hidden.data_ptr(),
+            FORMATS[self._embedding.dtype], hidden.data_ptr(),
         )  # fmt: skip
         return hidden
 
@@ -220,9 +233,15 @@ class CpuT5:
         return Rows(values, torch.empty(count), positive)
 
 
+def padded_rows(tokens: int) -> int:
+    """How many rows the encoder takes for so many tokens."""
+    step = 16 if tokens <= 128 else 32 if tokens <= 512 else 64
+    return -(-tokens // step) * step
+
+
 def _input(rows: Rows) -> tuple[int, int, int | None]:
     scales = None if rows.scales is None else rows.scales.data_ptr()
-    return rows.values.data_ptr(), _FORMATS[rows.values.dtype], scales
+    return rows.values.data_ptr(), FORMATS[rows.values.dtype], scales
 
 
 def _output(rows: Rows) -> tuple[int, int | None, int]:

@@ -41,7 +41,7 @@ class CpuRunner:
         precision = Precision(plan.dtype)
         self._model = CpuT5(WeightSource(checkpoint, self.shape), self.shape, precision)
         self._state = State(
-            self.shape, checkpoint.constraints, precision.between,
+            self.shape, checkpoint.constraints, precision,
             lanes=plan.rows, steps=plan.steps, source=plan.source,
         )  # fmt: skip
         self._speculation = Speculation() if plan.speculation else None

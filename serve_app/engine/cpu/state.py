@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve_app.engine.checkpoint import CheckpointError
+from serve_app.engine.cpu.linear import Precision
 from serve_app.engine.protocol import EngineRequest, TokenConstraints
 from serve_app.engine.weights import Shape
 
+_PER_POSITION = {"cross_key_scales", "cross_key_offsets", "cross_value_scales"}
 _UNLIKELY = -1e9  # `generate()`'s score of a beam that is not there
-_BLOCK = 16  # positions; see native/attention.cpp
+_BLOCK = 32  # positions; see native/cross_attention.cpp
 
 _BY_LANE = {
     "tokens": np.int32, "ancestry": np.int32, "scores": np.float32, "best_tokens": np.int32,
@@ -55,7 +58,7 @@ class _Search(ctypes.Structure):
 
 
 class _SelfCache(ctypes.Structure):
-    """`SelfCache` of native/attention.cpp."""
+    """`SelfCache` of native/self_attention.cpp."""
 
     _fields_ = (
         ("keys", ctypes.c_void_p),
@@ -69,12 +72,11 @@ class _SelfCache(ctypes.Structure):
 
 
 class _CrossCache(ctypes.Structure):
-    """`CrossCache` of native/attention.cpp."""
+    """`CrossCache` of native/cross_attention.cpp."""
 
     _fields_ = (
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("capacity", "heads", "width", "padded")),
+        *((n, ctypes.c_void_p) for n in ("keys", "values", "key_scales", "key_offsets", "value_scales")),
+        *((n, ctypes.c_int) for n in ("capacity", "heads", "width", "padded")),
     )
 
 
@@ -84,7 +86,7 @@ class State:
     Args:
         shape: the model's.
         constraints: tokens it never gives, or always.
-        dtype: of the caches.
+        precision: says what the caches hold.
         lanes: rows of the batch; there are as many slots.
         steps: new tokens that a lane has room for.
         source: input tokens that a slot has room for.
@@ -94,15 +96,14 @@ class State:
         self,
         shape: Shape,
         constraints: TokenConstraints,
-        dtype: torch.dtype,
+        precision: Precision,
         *,
         lanes: int,
         steps: int,
         source: int,
     ) -> None:
         self._shape = shape
-        self._dtype = dtype
-        self.padded = -(-shape.head_width // 32) * 32
+        self.padded = padded_width(shape)
         self.free_lanes: list[int] = []
         self.free_slots: list[int] = []
         self.lane_count = self.slot_count = self.steps_room = self.source_room = 0
@@ -112,9 +113,17 @@ class State:
         }
         self._arrays["lanes"] = np.zeros((0, 1), np.int32)
         self.sources = np.zeros((0, 0), np.int32)  # input ids, by slot
+        kinds = {
+            "keys": precision.between,
+            "values": precision.between,
+            "cross_keys": precision.kept,
+            "cross_values": precision.kept,
+        }
+        if precision is Precision.INT8:
+            kinds |= dict.fromkeys(_PER_POSITION, torch.float32)
         self._caches: dict[str, list[Tensor]] = {
-            name: [torch.empty(0, 0, 0, dtype=dtype)] * shape.decoder_layers
-            for name in ("keys", "values", "cross_keys", "cross_values")
+            name: [torch.empty(0, 0, 0, dtype=kind)] * shape.decoder_layers
+            for name, kind in kinds.items()
         }
         self._suppressed = np.array(constraints.suppressed, np.int32)
         self._begin_suppressed = np.array(constraints.begin_suppressed, np.int32)
@@ -158,8 +167,9 @@ class State:
         heads = self._shape.heads
         for name, caches in self._caches.items():
             room = source if name.startswith("cross") else steps
-            size = (lanes, heads, room * self.padded)
-            self._caches[name] = [_grown_cache(cache, size, self._dtype) for cache in caches]
+            width = 1 if name in _PER_POSITION else self.padded
+            size = (lanes, heads, room * width)
+            self._caches[name] = [_grown_cache(cache, size) for cache in caches]
         self.free_slots.extend(range(self.slot_count, lanes))
         self.free_lanes.extend(range(self.lane_count, lanes))
         self.lane_count = self.slot_count = lanes
@@ -257,7 +267,22 @@ class State:
         for layer, cross in enumerate(self.cross_caches):
             cross.keys = self._caches["cross_keys"][layer].data_ptr()
             cross.values = self._caches["cross_values"][layer].data_ptr()
+            for name in _PER_POSITION & self._caches.keys():
+                address = self._caches[name][layer].data_ptr()
+                setattr(cross, name.removeprefix("cross_"), address)
             cross.capacity = self.source_room
+
+
+def padded_width(shape: Shape) -> int:
+    """How many values a head takes in caches; see native/cross_attention.cpp.
+
+    Raises:
+        CheckpointError: the kernels are not made for heads this wide.
+    """
+    for width in (32, 64, 128):
+        if shape.head_width <= width:
+            return width
+    raise CheckpointError(f"config.json: d_kv {shape.head_width} is above 128, the limit on a CPU")
 
 
 def _up(positions: int) -> int:
@@ -274,9 +299,9 @@ def _grown(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return bigger
 
 
-def _grown_cache(cache: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _grown_cache(cache: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(cache.shape) == size:
         return cache
-    bigger = torch.empty(size, dtype=dtype)
+    bigger = torch.empty(size, dtype=cache.dtype)
     bigger[tuple(slice(0, extent) for extent in cache.shape)] = cache
     return bigger

@@ -20,7 +20,7 @@ import torch
 HERE = Path(__file__).parent
 # Best first. The compiler's flags, beside those of build.py.
 VARIANTS = {
-    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
+    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "avx2": ["-march=x86-64-v3"],
     "generic": [],
@@ -47,8 +47,9 @@ _SIGNATURES = {
     "t5_encoder_attention": [
         _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, *_OUTPUT,
     ],
-    "t5_pack_head": [_POINTER, _INT, _INT, _POINTER],
-    "t5_head": [_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _LONG],
+    "t5_tile": [],
+    "t5_pack": [_POINTER, _POINTER],
+    "t5_linear": [_POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _LONG],
     "t5_begin": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT],
     "t5_choose": [
         _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER,
@@ -56,7 +57,7 @@ _SIGNATURES = {
     ],
     "t5_propose": [_POINTER, _INT, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER],
 }  # fmt: skip
-_RETURNS_COUNT = {"t5_begin", "t5_propose"}
+_RETURNS_COUNT = {"t5_tile", "t5_begin", "t5_propose"}
 
 
 def sources() -> list[Path]:

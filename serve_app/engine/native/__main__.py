@@ -15,7 +15,7 @@ from serve_app.engine.native import HERE, VARIANTS, library
 # No -ffast-math: softmax and masks rely on infinities. FMA contraction is wanted.
 FLAGS = [
     "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast",
-    "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi",
+    "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi",
 ]  # fmt: skip
 
 

@@ -1,5 +1,4 @@
-// The encoder's self-attention, document by document: no padding is attended to or computed; and
-// the output head in bfloat16 with float32 logits, which oneDNN rounds to bfloat16.
+// The encoder's self-attention, document by document: no padding is attended to or computed.
 
 #include "products.h"
 
@@ -14,64 +13,117 @@ struct Encoder {
     int reach;
 };
 
+template <class T, int kRows, int kVectors>
+static void block_product(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride,
+                          int depth, float* to, int to_stride) {
+    Floats total[kRows][kVectors];
+    product<typename KindOf<T>::Kind, kRows, kVectors>(a, a_stride, b, b_stride, depth, total);
+    for (int row = 0; row < kRows; ++row)
+        for (int v = 0; v < kVectors; ++v)
+            store(to + int64_t(row) * to_stride + v * kVector, total[row][v]);
+}
+
+// Words of the values of two positions, or one position's values as they are.
+static void interleave(const bf16* from, int stride, bf16* to) {
+    Halves low, high;
+    std::memcpy(&low, from, sizeof(low));
+    std::memcpy(&high, from + stride, sizeof(high));
+    const Words pairs =
+        __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+    std::memcpy(to, &pairs, sizeof(pairs));
+}
+static void interleave(const float* from, int, float* to) { store(to, load(from)); }
+
+// Softmax of scores + bias without its division, rounded to T; returns what to divide by.
+template <class T>
+static float share(float* scores, const float* bias, int source, int positions, T* shares) {
+    const int whole = source / kVector * kVector;
+    Floats top = broadcast(kNever);
+    for (int p = 0; p < whole; p += kVector) {
+        const Floats score = load(scores + p) + load(bias + p);
+        store(scores + p, score);
+        top = max(top, score);
+    }
+    for (int p = whole; p < round_up(source, kVector); ++p)
+        scores[p] = p < source ? scores[p] + bias[p] : kNever;
+    if (whole < source) top = max(top, load(scores + whole));
+    const Floats most = broadcast(max(top));
+    Floats total{};
+    for (int p = 0; p < whole; p += kVector) {
+        const Floats value = exponential(load(scores + p) - most);
+        total += value;
+        store(shares + p, value);
+    }
+    float sum_of = sum(total);
+    if (whole < source) {
+        float last[kVector];
+        store(last, exponential(load(scores + whole) - most));
+        for (int i = 0; i < kVector; ++i) sum_of += last[i] *= whole + i < source;
+        store(shares + whole, load(last));
+    }
+    for (int p = round_up(source, kVector); p < positions; ++p) narrow(shares + p, 0);
+    return sum_of;
+}
+
 // One head of one document. K is laid out (words of a head, positions), V (words of positions,
 // head): either way a product reads whole registers.
 template <class T>
 static void attend(const Encoder& encoder, const T* joined, const float* scales, int source,
                    int head, std::vector<float>& keep, float* mixed) {
-    constexpr int packed = Packing<T>::kValues;
-    const int inner = encoder.heads * encoder.width, padded = encoder.padded;
-    const int positions = round_up(source, kWide), depth = padded / packed;
+    constexpr int packed = Chunk<T>::kParts;  // values in a word
+    const int inner = encoder.heads * encoder.width, width = encoder.width;
+    const int padded = encoder.padded, depth = padded / packed;
+    const int positions = round_up(source, kWide);
     const size_t key_size = size_t(depth) * positions;
     const size_t value_size = size_t(positions) / packed * padded;
     const size_t query_size = size_t(kQueries) * depth;
     float* room = scratch(keep, key_size + value_size + query_size + 2 * kQueries * positions +
-                                    kQueries * padded);
-    T* keys = reinterpret_cast<T*>(room);
+                                    kQueries * padded + kVector * depth);
+    uint32_t* keys = reinterpret_cast<uint32_t*>(room);
     T* values = reinterpret_cast<T*>(room + key_size);
     T* queries = reinterpret_cast<T*>(room + key_size + value_size);
     float* scores = room + key_size + value_size + query_size;
     T* shares = reinterpret_cast<T*>(scores + kQueries * positions);
     float* out = scores + 2 * kQueries * positions;
-    const auto take = [&](const T* from, int part, int p, int i) {
-        const int64_t row = int64_t(p) * 3 * inner;
-        return i < encoder.width ? widen(from[row + part * inner + head * encoder.width + i]) *
-                                       (scales ? scales[p] : 1.0f)
-                                 : 0.0f;
-    };
-    for (int p = 0; p < positions; ++p)
-        for (int i = 0; i < padded; ++i) {
-            const bool real = p < source;
-            narrow(keys + (int64_t(i / packed) * positions + p) * packed + i % packed,
-                   real ? take(joined, 1, p, i) : 0.0f);
-            narrow(values + (int64_t(p / packed) * padded + i) * packed + p % packed,
-                   real ? take(joined, 2, p, i) : 0.0f);
-        }
+    T* block = reinterpret_cast<T*>(out + kQueries * padded);  // sixteen rows
     const auto word = [](const T* at) { return reinterpret_cast<const uint32_t*>(at); };
+    const auto row_of = [&](int part, int p, T* to) {
+        const T* from = joined + int64_t(p) * 3 * inner + part * inner + head * width;
+        const bool real = p < source;
+        convert(from, real && scales ? scales[p] : 1.0f, real ? width : 0, padded, to);
+    };
+    for (int start = 0; start < positions; start += kVector) {
+        for (int i = 0; i < kVector; ++i) row_of(1, std::min(start + i, source), block + i * padded);
+        for (int k = 0; k < depth; ++k)
+            for (int i = 0; i < kVector; ++i)
+                keys[int64_t(k) * positions + start + i] = word(block)[i * depth + k];
+        for (int i = 0; i < kVector; ++i) row_of(2, std::min(start + i, source), block + i * padded);
+        for (int i = 0; i < kVector; i += packed)
+            for (int n = 0; n < padded; n += kVector)
+                interleave(block + i * padded + n, padded,
+                           values + int64_t(start + i) * padded + n * packed);
+    }
     for (int start = 0; start < source; start += kQueries) {
         const int count = std::min(kQueries, source - start);
+        float total[kQueries];
         for (int row = 0; row < kQueries; ++row)
-            for (int i = 0; i < padded; ++i)
-                narrow(queries + row * padded + i,
-                       row < count ? take(joined, 0, start + row, i) : 0.0f);
+            row_of(0, std::min(start + row, source), queries + row * padded);
         for (int p = 0; p < positions; p += kWide)
-            product<T, kQueries, 3>(word(queries), depth, word(keys + p * packed), positions, depth,
-                                    scores + p, positions);
+            block_product<T, kQueries, 3>(word(queries), depth, keys + p, positions, depth,
+                                          scores + p, positions);
         for (int row = 0; row < count; ++row) {
             float* line = scores + row * positions;
             const float* bias = encoder.bias + int64_t(head) * (2 * encoder.reach - 1) +
                                 encoder.reach - 1 - (start + row);
-            for (int p = 0; p < source; ++p) line[p] += bias[p];
-            softmax(line, source);
-            for (int p = 0; p < positions; ++p)
-                narrow(shares + row * positions + p, p < source ? line[p] : 0.0f);
+            total[row] = share(line, bias, source, positions, shares + row * positions);
         }
         for (int i = 0; i < padded; i += 2 * kVector)
-            product<T, kQueries, 2>(word(shares), positions / packed, word(values + i * packed),
-                                    padded, round_up(source, packed) / packed, out + i, padded);
+            block_product<T, kQueries, 2>(word(shares), positions / packed,
+                                          word(values + i * packed), padded,
+                                          round_up(source, packed) / packed, out + i, padded);
         for (int row = 0; row < count; ++row)
-            std::memcpy(mixed + int64_t(start + row) * inner + head * encoder.width,
-                        out + row * padded, encoder.width * sizeof(float));
+            convert(out + row * padded, 1.0f / total[row], width, width,
+                    mixed + int64_t(start + row) * inner + head * width);
     }
 }
 
@@ -113,44 +165,6 @@ void t5_encoder_attention(const Encoder* encoder, const void* joined, int format
     else
         attend_all(*encoder, static_cast<const float*>(joined), scales, documents, starts, mixed,
                    output);
-}
-
-// The weight (out, in) as panels (out / 48, in / 2, 48) of bfloat16 pairs; in must be even.
-void t5_pack_head(const void* weight, int out, int in, void* packed) {
-    const bf16* from = static_cast<const bf16*>(weight);
-    bf16* to = static_cast<bf16*>(packed);
-#pragma omp parallel for schedule(static)
-    for (int panel = 0; panel < (out + kWide - 1) / kWide; ++panel)
-        for (int k = 0; k < in; ++k)
-            for (int n = 0; n < kWide; ++n) {
-                const int row = panel * kWide + n;
-                to[((int64_t(panel) * (in / 2) + k / 2) * kWide + n) * 2 + k % 2] =
-                    row < out ? from[int64_t(row) * in + k] : bf16{0};
-            }
-}
-
-// logits (rows, stride) float32 = x (rows, in) bfloat16 times the packed weight.
-void t5_head(const void* x, int rows, const void* packed, int out, int in, float* logits,
-             int64_t stride) {
-    const uint32_t* left = static_cast<const uint32_t*>(x);
-    const uint32_t* panels = static_cast<const uint32_t*>(packed);
-    const int depth = in / 2;
-#pragma omp parallel for schedule(dynamic, 8)
-    for (int panel = 0; panel < (out + kWide - 1) / kWide; ++panel) {
-        const uint32_t* right = panels + int64_t(panel) * depth * kWide;
-        float* to = logits + int64_t(panel) * kWide;
-        int row = 0;
-        const auto run = [&](auto count) {
-            constexpr int n = decltype(count)::value;
-            for (; row + n <= rows; row += n)
-                product<bf16, n, 3>(left + int64_t(row) * depth, depth, right, kWide, depth,
-                                    to + row * stride, stride);
-        };
-        run(std::integral_constant<int, 8>{});
-        run(std::integral_constant<int, 4>{});
-        run(std::integral_constant<int, 2>{});
-        run(std::integral_constant<int, 1>{});
-    }
 }
 
 }  // extern "C"

@@ -4,30 +4,17 @@
 
 namespace t5 {
 
-template <class T>
-static void convert(const float* row, int width, T* to) {
-    int i = 0;
-    for (; i + kVector <= width; i += kVector) store(to + i, load(row + i));
-    for (; i < width; ++i) narrow(to + i, row[i]);
-}
-
 static void quantize(const float* row, int width, uint8_t* to, float* scale, bool positive) {
-    Floats top{};
-    int i = 0;
-    for (; i + kVector <= width; i += kVector) {
-        const Floats value = load(row + i);
-        top = max(top, max(value, -value));
-    }
-    float most = max(top);
-    for (; i < width; ++i) most = std::fmax(most, std::fabs(row[i]));
+    const float most = magnitude(row, width);
     const float steps = positive ? 255.0f : 127.0f, zero = positive ? 0.0f : 128.0f;
     const float factor = most > 0 ? steps / most : 0.0f;
     *scale = most / steps;
-    for (i = 0; i + kVector <= width; i += kVector) {
+    int i = 0;
+    for (; i + kVector <= width; i += kVector) {
         const Floats value = load(row + i) * factor + (zero + 0.5f);
         const Ints whole = __builtin_convertvector(value, Ints);
-        typedef uint8_t Bytes __attribute__((vector_size(16)));
-        const Bytes bytes = __builtin_convertvector(whole, Bytes);
+        typedef uint8_t Unsigned __attribute__((vector_size(16)));
+        const Unsigned bytes = __builtin_convertvector(whole, Unsigned);
         std::memcpy(to + i, &bytes, sizeof(bytes));
     }
     for (; i < width; ++i) to[i] = uint8_t(int32_t(row[i] * factor + (zero + 0.5f)));
@@ -36,8 +23,12 @@ static void quantize(const float* row, int width, uint8_t* to, float* scale, boo
 void put_row(const float* row, int width, const Output& output, int64_t index, bool positive) {
     const int64_t at = index * width;
     switch (output.format) {
-        case kFloat32: convert(row, width, static_cast<float*>(output.values) + at); break;
-        case kBfloat16: convert(row, width, static_cast<bf16*>(output.values) + at); break;
+        case kFloat32:
+            convert(row, 1, width, width, static_cast<float*>(output.values) + at);
+            break;
+        case kBfloat16:
+            convert(row, 1, width, width, static_cast<bf16*>(output.values) + at);
+            break;
         case kBytes:
             quantize(row, width, static_cast<uint8_t*>(output.values) + at, output.scales + index,
                      positive);

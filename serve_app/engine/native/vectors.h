@@ -23,20 +23,11 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 struct bf16 {
     uint16_t bits;
-};
-
-// How values lie in 32-bit words: a float fills one; two bfloat16 share one, the even in its low
-// half. Attention reads whole words, so that widening costs one operation for sixteen values.
-template <class T> struct Packing;
-template <> struct Packing<float> {
-    static constexpr int kValues = 1;
-};
-template <> struct Packing<bf16> {
-    static constexpr int kValues = 2;
 };
 
 inline Floats broadcast(float value) { return value - Floats{}; }
@@ -60,6 +51,26 @@ inline Floats load(const bf16* from) {
     return as<Floats>(__builtin_convertvector(halves, Words) << 16);
 }
 
+inline Floats load(const int8_t* from) {
+#ifdef __AVX512F__  // the portable way takes GCC 12 several times as many instructions
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return as<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#else
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+#endif
+}
+
+inline void store(int8_t* to, Floats value) {
+#ifdef __AVX512F__
+    const __m512i whole = _mm512_cvtps_epi32(as<__m512>(value));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(whole));
+#else
+    for (int i = 0; i < kVector; ++i) to[i] = int8_t(std::lrintf(value[i]));
+#endif
+}
+
 inline Words words(const void* from) {
     Words value;
     std::memcpy(&value, from, sizeof(value));
@@ -68,6 +79,26 @@ inline Words words(const void* from) {
 
 inline Floats even(Words pairs) { return as<Floats>(pairs << 16); }
 inline Floats odd(Words pairs) { return as<Floats>(pairs & 0xffff0000u); }
+
+// Caches are read a chunk at a time: sixteen floats or bytes, or sixteen words of two bfloat16 each,
+// of which the even come apart from the odd: so widening costs one operation for sixteen values.
+template <class T> struct Chunk {
+    static constexpr int kParts = 1, kValues = kVector;
+    Floats parts[1];
+    explicit Chunk(const T* from) : parts{load(from)} {}
+};
+template <> struct Chunk<bf16> {
+    static constexpr int kParts = 2, kValues = 2 * kVector;
+    Floats parts[2];
+    explicit Chunk(const bf16* from) : parts{even(words(from)), odd(words(from))} {}
+};
+
+// The order in which floats meet a chunk's values: even ones first, if they come apart.
+template <class T> inline int in_chunk(int i) {
+    constexpr int parts = Chunk<T>::kParts;
+    const int within = i % Chunk<T>::kValues;
+    return i - within + within % parts * kVector + within / parts;
+}
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
 
@@ -83,11 +114,14 @@ inline float widen(float value) { return value; }
 inline float widen(bf16 value) { return as<float>(uint32_t(value.bits) << 16); }
 
 inline void narrow(float* to, float value) { *to = value; }
+inline void narrow(int8_t* to, float value) { *to = int8_t(std::lrintf(value)); }
 inline void narrow(bf16* to, float value) {
     uint32_t bits = as<uint32_t>(value);
     bits += 0x7fffu + ((bits >> 16) & 1u);
     to->bits = uint16_t(bits >> 16);
 }
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float sum(Floats value) {
 #ifdef __AVX512F__
@@ -100,8 +134,6 @@ inline float sum(Floats value) {
     return total + parts[0];
 #endif
 }
-
-inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float max(Floats value) {
 #ifdef __AVX512F__
@@ -154,6 +186,38 @@ inline void softmax(float* values, int count) {
     }
     const Floats share = broadcast(1.0f / whole);
     for (int i = 0; i < padded; i += kVector) store(values + i, load(values + i) * share);
+}
+
+// to[0..count) = from[0..count) * scale, then zeros up to `padded`.
+template <class From, class To>
+inline void convert(const From* from, float scale, int count, int padded, To* to) {
+    int i = 0;
+    for (; i + kVector <= count; i += kVector) store(to + i, load(from + i) * scale);
+    for (; i < count; ++i) narrow(to + i, widen(from[i]) * scale);
+    for (; i < padded; ++i) narrow(to + i, 0.0f);
+}
+
+// The greatest magnitude.
+inline float magnitude(const float* values, int count) {
+    Floats top{};
+    int i = 0;
+    for (; i + kVector <= count; i += kVector) {
+        const Floats value = load(values + i);
+        top = max(top, max(value, -value));
+    }
+    float most = max(top);
+    for (; i < count; ++i) most = std::fmax(most, std::fabs(values[i]));
+    return most;
+}
+
+// Heads are 32, 64 or 128 values wide in all T5s there are.
+template <class T, class Run> inline void with_chunks(int padded, Run run) {
+    constexpr int values = Chunk<T>::kValues;
+    switch (padded) {
+        case 32: return run(std::integral_constant<int, 32 / values>{});
+        case 64: return run(std::integral_constant<int, 64 / values>{});
+        case 128: return run(std::integral_constant<int, 128 / values>{});
+    }
 }
 
 inline int round_up(int value, int to) { return (value + to - 1) / to * to; }
