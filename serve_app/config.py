@@ -23,8 +23,11 @@ class ModelSettings(_Settings):
     name: str = Field("demo", description="`demo`, a folder, or a hub repository")
     revision: str | None = Field(None, description="branch, tag or commit of a hub repository")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU (float16 overflows in T5)"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto",
+        description="auto: bfloat16 where the device multiplies it, but float32 on a CPU for "
+        "models below 25 million parameters; int8: weights and activations in bytes, on a CPU "
+        "(float16 overflows in T5)",
     )
     max_input_tokens: int | None = Field(
         None, ge=16, le=8192, description="encoder input length; default: the model's own"
@@ -40,9 +43,16 @@ class EngineSettings(_Settings):
     )
     threads: int = Field(0, ge=0, description="CPU threads; 0: the replica's num_cpus")
     max_batch_size: int = Field(
-        32, ge=1, le=1024, description="rows of the batch; each beam of a document takes one"
+        0,
+        ge=0,
+        le=1024,
+        description="rows of the batch; each beam of a document takes one. 0: 64 on a CPU, on a "
+        "GPU what fits, up to 256; `transformers`: 32 requests",
     )
     max_batch_tokens: int = Field(4_096, ge=64, description="padded encoder tokens encoded at once")
+    speculation: bool = Field(
+        True, description="advance greedy requests by looking up copied spans, where it pays"
+    )
     max_waiting_requests: int = Field(512, ge=1, description="queue bound, in documents or parts")
     max_waiting_tokens: int = Field(262_144, ge=512, description="queue bound, in encoder tokens")
     stall_s: float = Field(60, gt=0, description="busy this long without a step: unhealthy")

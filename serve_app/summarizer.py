@@ -80,6 +80,11 @@ class _Metrics:
         self.compute_ms = metrics.Histogram(
             "t5_compute_ms", description="Time of a request in the model.", boundaries=_MS
         )
+        self.drafts = metrics.Counter(
+            "t5_draft_tokens",
+            description="Looked-up tokens tried ahead, and those that were right.",
+            tag_keys=("kind",),
+        )
         self.outcomes = metrics.Counter(
             "t5_engine_requests", description="Engine requests by outcome.", tag_keys=("outcome",)
         )
@@ -94,6 +99,9 @@ class _Metrics:
         # Ray's counters refuse an increment of zero, and a batch may yield no token.
         self.batch_seconds.inc(max(ran.seconds, 1e-9))
         self.tokens.inc(ran.input_tokens, tags={"kind": "input"})
+        for kind, count in (("tried", ran.drafted), ("accepted", ran.accepted)):
+            if count:
+                self.drafts.inc(count, tags={"kind": kind})
         if ran.output_tokens:
             self.tokens.inc(ran.output_tokens, tags={"kind": "output"})
 

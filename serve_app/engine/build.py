@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from serve_app.engine import native
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.continuous import ContinuousEngine
 from serve_app.engine.protocol import Emit, Engine
 
 if TYPE_CHECKING:
     from serve_app.engine.reference import ReferenceEngine
+
+
+_SMALL_PARAMETERS = 25_000_000
 
 
 class ModelOptions(Protocol):
@@ -35,6 +39,8 @@ class EngineOptions(Protocol):
     @property
     def max_batch_tokens(self) -> int: ...
     @property
+    def speculation(self) -> bool: ...
+    @property
     def max_waiting_requests(self) -> int: ...
     @property
     def max_waiting_tokens(self) -> int: ...
@@ -47,9 +53,7 @@ def build_engine(
     device = model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = model.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
+    dtype = model.dtype if model.dtype != "auto" else _dtype(checkpoint, device)
     kind: type[ContinuousEngine] | type[ReferenceEngine]
     if engine.kind == "transformers":
         # Imported on demand: it takes longer than all the rest of a replica's start.
@@ -68,4 +72,17 @@ def build_engine(
         max_batch_tokens=engine.max_batch_tokens,
         max_waiting_requests=engine.max_waiting_requests,
         max_waiting_tokens=engine.max_waiting_tokens,
+        speculation=engine.speculation,
     )
+
+
+def _dtype(checkpoint: Checkpoint, device: str) -> str:
+    """bfloat16 where the device multiplies it.
+
+    A model of a few million parameters gains little on a CPU (its step is spent elsewhere) and may
+    as well be exact.
+    """
+    if device != "cpu":
+        return "bfloat16"
+    small = checkpoint.parameters < _SMALL_PARAMETERS
+    return "float32" if small or not native.bfloat16() else "bfloat16"

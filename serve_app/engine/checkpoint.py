@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from serve_app.engine.protocol import GenerationSettings, TokenConstraints
 
@@ -59,6 +62,15 @@ class Checkpoint:
     def max_input_tokens(self) -> int:
         """Encoder input length the model was trained for, end token included."""
         return int(self.config.get("n_positions") or 512)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of weights, from the files' headers."""
+        count = 0
+        for path in self.path.glob("*.safetensors"):
+            with safe_open(path, framework="np") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        return count
 
     @property
     def defaults(self) -> GenerationSettings:

@@ -31,6 +31,10 @@ class ContinuousEngine(EngineThread):
     `dtype` may be `int8` on a CPU.
     """
 
+    @staticmethod
+    def _make_runner(checkpoint: Checkpoint, plan: Plan) -> Runner:
+        return make_runner(checkpoint, plan)
+
     @torch.inference_mode()
     def _open(self) -> None:
         plan = Plan(
@@ -40,8 +44,9 @@ class ContinuousEngine(EngineThread):
             steps=self._checkpoint.defaults.max_new_tokens,
             source=self._checkpoint.max_input_tokens,
             speculation=self._speculation,
+            encode_tokens=self._max_batch_tokens,
         )
-        self._runner = make_runner(self._checkpoint, plan)
+        self._runner = self._make_runner(self._checkpoint, plan)
         self._undrained_s = 0.0
 
     @property
@@ -57,7 +62,7 @@ class ContinuousEngine(EngineThread):
         documents = len(self._runner.entries)
         if not documents:
             return
-        made = 0
+        made = drafted = accepted = 0
         try:
             advances = self._runner.step()
             self._stepped()
@@ -69,10 +74,12 @@ class ContinuousEngine(EngineThread):
         else:
             events = list(self._events(advances))
             made = sum(advance.made for advance in advances)
+            drafted = sum(advance.drafted for advance in advances)
+            accepted = made - len(advances)
             self._leave([advance.entry for advance in advances if advance.output is not None])
         seconds = time.monotonic() - began
         self._account(events, seconds)
-        self._finish([*events, BatchRan(documents, encoded, made, seconds)])
+        self._finish([*events, BatchRan(documents, encoded, made, seconds, drafted, accepted)])
 
     def _drop_dead(self, now: float) -> None:
         """Free the slots of requests nobody waits for any more."""
@@ -103,7 +110,7 @@ class ContinuousEngine(EngineThread):
             rows += entry.request.settings.num_beams
             longest = max(longest, entry.tokens)
             # More beams than rows, or more tokens than the budget: alone, it may all the same.
-            fits = rows <= self._max_batch_size or rows == entry.request.settings.num_beams
+            fits = rows <= self._runner.most_rows or rows == entry.request.settings.num_beams
             affordable = not pulled or longest * (len(pulled) + 1) <= self._max_batch_tokens
             if not (fits and affordable):
                 break
@@ -158,13 +165,14 @@ class ContinuousEngine(EngineThread):
 
 def make_runner(checkpoint: Checkpoint, plan: Plan) -> Runner:
     """Who holds the running batch on this device."""
-    if plan.device == "cpu" and native.load() is not None:
+    kernels = native.load() if plan.device == "cpu" else None
+    if kernels is not None:
         from serve_app.engine.cpu.runner import CpuRunner
 
-        return CpuRunner(checkpoint, plan)
+        return CpuRunner(checkpoint, plan, kernels)
     if plan.dtype == "int8":
         raise CheckpointError(
-            "dtype 'int8' needs a CPU and the kernels that `python -m serve_app.engine.native` builds"
+            "dtype 'int8' needs a CPU and its kernels: python -m serve_app.engine.native"
         )
     if plan.device == "cpu":
         logger.warning(

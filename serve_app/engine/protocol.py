@@ -117,12 +117,18 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class BatchRan:
-    """A batch went through the model; for metrics. `seconds` is wall time on the device."""
+    """A batch went through the model; for metrics. `seconds` is wall time on the device.
+
+    Of the `drafted` tokens that were tried, `accepted` ones were right: they are among the
+    `output_tokens`.
+    """
 
     requests: int
     input_tokens: int
     output_tokens: int
     seconds: float
+    drafted: int = 0
+    accepted: int = 0
     id: str = field(default="", init=False)
 
 

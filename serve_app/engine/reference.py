@@ -26,11 +26,14 @@ from serve_app.engine.protocol import (
     Finished,
     FinishReason,
     GenerationSettings,
+    TokenConstraints,
     Tokens,
     Usage,
 )
 from serve_app.engine.queue import Entry
 from serve_app.engine.thread import EngineThread, failure, padded
+
+_BATCH_SIZE = 32  # where none is set
 
 
 class ReferenceEngine(EngineThread):
@@ -63,7 +66,7 @@ class ReferenceEngine(EngineThread):
             grown = max(longest, entry.tokens)
             if count and (
                 entry.request.settings != settings
-                or count == self._max_batch_size
+                or count == (self._max_batch_size or _BATCH_SIZE)
                 or grown * (count + 1) > self._max_batch_tokens
             ):
                 return False
@@ -118,7 +121,9 @@ class ReferenceEngine(EngineThread):
         output = generate(
             input_ids=input_ids,
             attention_mask=mask.long(),
-            generation_config=_generation_config(self._model, settings),
+            generation_config=_generation_config(
+                self._model, settings, self._checkpoint.constraints
+            ),
             stopping_criteria=StoppingCriteriaList([watch]),
         )
         return [_strip(row, eos, pad) for row in output[:, 1:].tolist()]
@@ -193,7 +198,9 @@ def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> PreTrainedMo
     return cast(PreTrainedModel, model)
 
 
-def _generation_config(model: PreTrainedModel, settings: GenerationSettings) -> GenerationConfig:
+def _generation_config(
+    model: PreTrainedModel, settings: GenerationSettings, constraints: TokenConstraints
+) -> GenerationConfig:
     beams: dict[str, object] = {}
     if settings.num_beams > 1:
         beams = {
@@ -206,6 +213,11 @@ def _generation_config(model: PreTrainedModel, settings: GenerationSettings) -> 
         min_new_tokens=settings.min_new_tokens or None,
         max_new_tokens=settings.max_new_tokens,
         no_repeat_ngram_size=settings.no_repeat_ngram_size or None,
+        repetition_penalty=settings.repetition_penalty,
+        suppress_tokens=list(constraints.suppressed) or None,
+        begin_suppress_tokens=list(constraints.begin_suppressed) or None,
+        forced_bos_token_id=constraints.forced_first,
+        forced_eos_token_id=constraints.forced_last,
         pad_token_id=model.config.pad_token_id,
         eos_token_id=model.config.eos_token_id,
         decoder_start_token_id=model.config.decoder_start_token_id,

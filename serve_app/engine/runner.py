@@ -17,10 +17,12 @@ class Plan:
     Args:
         device: torch device.
         dtype: `float32`, `bfloat16` or `int8`.
-        rows: of the batch; a document takes one for each beam.
+        rows: of the batch; a document takes one for each beam. 0: what suits the device.
         steps: new tokens of a document.
         source: input tokens of a document.
         speculation: whether greedy documents may be advanced by lookup.
+        encode_tokens: that are encoded at once, at most, padding included.
+        rounded: work in the rounded-up views that CUDA graphs need, without them; for tests.
     """
 
     device: str
@@ -28,7 +30,9 @@ class Plan:
     rows: int
     steps: int
     source: int
-    speculation: bool
+    speculation: bool = True
+    encode_tokens: int = 4_096
+    rounded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +41,25 @@ class Advance:
 
     `made` counts its new tokens, `new` are they, for a request that streams. `output` is all it
     has, once it is done: without the start token, with the end token if it has come to that.
+    `drafted` counts the looked-up tokens that were tried.
     """
 
     entry: Entry
     made: int
     new: Sequence[int]
     output: list[int] | None
+    drafted: int = 0
 
 
 class Runner(Protocol):
     """Documents in slots. All methods are called on the engine's thread."""
 
     shape: Shape
-    entries: list[Entry]
+    most_rows: int
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The documents."""
 
     @property
     def rows(self) -> int:

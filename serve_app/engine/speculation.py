@@ -6,9 +6,9 @@ of each whether it is what greedy search would have chosen, so the result is the
 (Saxena 2023, "Prompt Lookup Decoding"; Leviathan et al. 2023, "Speculative decoding").
 
 A further row costs little while a step is spent on reading weights and much when it is spent on
-multiplying. Both prices are measured: what a step takes by its rows, and how often a looked-up token
-is right by the length of the run that found it. Tokens are looked up, and scored, even while none
-are tried, so that a change is noticed.
+multiplying. Both prices are measured: what a step takes by its rows, and how often a looked-up
+token is right by the length of the run that found it. Tokens are looked up, and scored, even while
+none are tried, so that a change is noticed.
 """
 
 from __future__ import annotations
@@ -83,10 +83,11 @@ class Speculation:
 
     def took(self, rows: int, seconds: float) -> None:
         """Count a step."""
-        for name, value in (
-            ("_n", 1.0), ("_r", rows), ("_rr", rows * rows), ("_t", seconds), ("_rt", rows * seconds),
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name) * _MEMORY + value)
+        self._n = self._n * _MEMORY + 1
+        self._r = self._r * _MEMORY + rows
+        self._rr = self._rr * _MEMORY + rows * rows
+        self._t = self._t * _MEMORY + seconds
+        self._rt = self._rt * _MEMORY + rows * seconds
 
     def _share(self, run: int) -> float:
         """How often a looked-up token is right if those before it are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ class EngineThread:
         device: torch device, e.g. `"cpu"` or `"cuda"`.
         dtype: torch dtype name of the weights, e.g. `"float32"`.
         threads: intra-op threads on the CPU; 0 keeps torch's choice.
-        max_batch_size: bound of the batch.
+        max_batch_size: bound of the batch; 0: what suits engine and device.
         max_batch_tokens: most padded encoder tokens encoded at once.
         max_waiting_requests: bound of the queue.
         max_waiting_tokens: bound of the queue in encoder tokens.
@@ -59,7 +60,7 @@ class EngineThread:
         device: str = "cpu",
         dtype: str = "float32",
         threads: int = 0,
-        max_batch_size: int = 32,
+        max_batch_size: int = 0,
         max_batch_tokens: int = 4_096,
         max_waiting_requests: int = 512,
         max_waiting_tokens: int = 262_144,
@@ -84,6 +85,7 @@ class EngineThread:
         self._steps = 0
         self._last_step: float | None = None
         self._busy_since: float | None = None
+        self._sweep_at = math.inf  # when the first request that waits may be late
         self._opened = threading.Event()
         self._open_error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="t5-engine", daemon=True)
@@ -110,6 +112,8 @@ class EngineThread:
             entry = Entry(request, arrived=time.monotonic())
             self._by_id[request.id] = entry
             self._waiting.push(entry)
+            if request.deadline is not None:
+                self._sweep_at = min(self._sweep_at, request.deadline)
             self._lock.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -117,6 +121,7 @@ class EngineThread:
         with self._lock:
             if (entry := self._by_id.get(request_id)) is not None:
                 entry.cancelled = True
+                self._sweep_at = 0
                 self._lock.notify()
 
     def load(self) -> EngineLoad:
@@ -140,6 +145,7 @@ class EngineThread:
             self._closing = True
             for entry in self._by_id.values():
                 entry.cancelled = True
+            self._sweep_at = 0
             self._lock.notify()
         self._thread.join(timeout=30)
 
@@ -175,7 +181,7 @@ class EngineThread:
                     self._lock.wait()
                 now = time.monotonic()
                 # Cancelled and late requests leave the queue before they cost compute.
-                dead = self._waiting.take(partial(failure, now=now))
+                dead = self._sweep(now) if now >= self._sweep_at else []
                 stop = self._closing and not self._running and not len(self._waiting)
                 if self._busy_since is None:
                     self._busy_since = now
@@ -184,6 +190,13 @@ class EngineThread:
                 return
             if len(self._waiting) or self._running:
                 self._work()
+
+    def _sweep(self, now: float) -> list[Entry]:
+        """Take from the queue whom nobody waits for any more, and see who will be next."""
+        dead = self._waiting.take(partial(failure, now=now))
+        deadlines = (entry.request.deadline for entry in self._waiting)
+        self._sweep_at = min((d for d in deadlines if d is not None), default=math.inf)
+        return dead
 
     def _finish(self, events: Sequence[Event]) -> None:
         """Forget the requests these events end, then hand the events out."""

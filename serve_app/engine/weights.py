@@ -123,7 +123,7 @@ class WeightSource:
     ) -> None:
         self._name = checkpoint.name
         self._shape = shape
-        self._place = {"device": device, "dtype": dtype}
+        self._place: dict[str, Any] = {"device": device, "dtype": dtype}
         self._files: dict[str, Path] = {}
         for path in sorted(checkpoint.path.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -182,7 +182,8 @@ class WeightSource:
             if name in self._files:
                 with safe_open(self._files[name], framework="pt") as file:
                     # A copy: what the file gives may be a view of its pages.
-                    return file.get_tensor(name).to(**self._place, copy=True)
+                    weight: Tensor = file.get_tensor(name)
+                    return weight.to(**self._place, copy=True)
         raise CheckpointError(f"model {self._name!r} has no weight {names[0]}")
 
 

@@ -6,22 +6,28 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from transformers import (
+    GenerationConfig,
     MT5Config,
     MT5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from serve_app.engine import native
 from serve_app.engine.checkpoint import Checkpoint, resolve
 from serve_app.engine.client import EngineClient
 from serve_app.engine.continuous import ContinuousEngine
+from serve_app.engine.cpu.runner import CpuRunner
+from serve_app.engine.gpu.runner import TorchRunner
 from serve_app.engine.protocol import (
     BatchRan,
     EngineRequest,
@@ -29,6 +35,7 @@ from serve_app.engine.protocol import (
     FinishReason,
     GenerationSettings,
 )
+from serve_app.engine.runner import Plan, Runner
 from tests.texts import texts
 from tests.unit.conftest import Direct
 from tests.unit.test_reference_engine import until
@@ -58,25 +65,49 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
+# Who holds the running batch. The kernels of other instruction sets than this machine's best are
+# run too, as far as it has them. The views of CUDA graphs are what a GPU works in, less the graphs.
+RUNNERS = [*native.supported(), "torch", "torch in the views of CUDA graphs"]
+
+
+class Engine(ContinuousEngine):
+    """A continuous engine whose running batch is held by one of `RUNNERS`."""
+
+    def __init__(self, *args: Any, runner: str, **options: Any) -> None:
+        self._chosen = runner
+        super().__init__(*args, **options)
+
+    def _make_runner(self, checkpoint: Checkpoint, plan: Plan) -> Runner:  # type: ignore[override]
+        if self._chosen.startswith("torch"):
+            return TorchRunner(checkpoint, replace(plan, rounded=self._chosen != "torch"))
+        return CpuRunner(checkpoint, plan, native.open_library(self._chosen))
+
+
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a small random model, whose end token is likely enough to come."""
+    return save(FAMILIES[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def save(make: Callable[[], Any], path: Path) -> Path:
     torch.manual_seed(7)
-    model = FAMILIES[request.param]()
+    model = make()
     head = model.lm_head.weight if not model.config.tie_word_embeddings else model.shared.weight
     with torch.no_grad():
         head[1] += 0.15 * head.std() * torch.randn(head.shape[1]).sign()
-    path: Path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path)
     return path
 
 
 @asynccontextmanager
 async def running(
-    checkpoint: Checkpoint, batches: list[BatchRan] | None = None, **options: Any
+    checkpoint: Checkpoint,
+    batches: list[BatchRan] | None = None,
+    runner: str = RUNNERS[0],
+    **options: Any,
 ) -> AsyncIterator[EngineClient]:
     client = EngineClient(
-        lambda emit: ContinuousEngine(checkpoint, emit, threads=1, **options),
+        lambda emit: Engine(checkpoint, emit, threads=1, runner=runner, **options),
         None if batches is None else batches.append,
     )
     try:
@@ -95,58 +126,117 @@ def expected(model: Any, ids: list[int], settings: GenerationSettings) -> list[i
     return out[: out.index(1)] if 1 in out else out
 
 
-def random_settings(rng: random.Random) -> GenerationSettings:
-    most = rng.randint(1, 24)
+@st.composite
+def all_settings(draw: st.DrawFn) -> GenerationSettings:
+    most = draw(st.integers(1, 24))
     return GenerationSettings(
-        num_beams=rng.choice([1, 1, 1, 2, 3, 4, 8]),
-        min_new_tokens=rng.choice([0, 0, rng.randint(0, most)]),
+        num_beams=draw(st.sampled_from([1, 1, 1, 2, 3, 4, 8])),
+        min_new_tokens=draw(st.one_of(st.just(0), st.integers(0, most))),
         max_new_tokens=most,
-        length_penalty=rng.choice([1.0, 2.0, 0.0, -0.5, 0.6]),
-        no_repeat_ngram_size=rng.choice([0, 1, 2, 3]),
-        early_stopping=rng.random() < 0.5,
+        length_penalty=draw(st.sampled_from([1.0, 2.0, 0.0, -0.5, 0.6])),
+        no_repeat_ngram_size=draw(st.integers(0, 3)),
+        early_stopping=draw(st.booleans()),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.8])),
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
-async def test_random_mixes_equal_generate(family: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    model = T5ForConditionalGeneration.from_pretrained(family).eval()
-    if "mt5" in str(family):
-        model = MT5ForConditionalGeneration.from_pretrained(family).eval()
+TOKENS = st.integers(3, VOCABULARY - 1)
+INPUTS = st.one_of(
+    st.lists(TOKENS, min_size=1, max_size=40), st.lists(TOKENS, min_size=41, max_size=300)
+).map(lambda ids: [*ids, 1])
+
+
+@dataclass
+class Arrival:
+    ids: list[int]
+    settings: GenerationSettings
+    delay: float
+    share: str
+
+
+ARRIVALS = st.builds(
+    Arrival,
+    ids=INPUTS,
+    settings=all_settings(),
+    delay=st.one_of(st.just(0.0), st.floats(0, 0.2)),
+    share=st.sampled_from("abc"),
+)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_random_mixes_equal_generate(family: Path, runner: str) -> None:
+    """Any requests with any settings, arriving at any time, more than there are rows for."""
+    kind = MT5ForConditionalGeneration if "mt5" in str(family) else T5ForConditionalGeneration
+    model = kind.from_pretrained(family).eval()
+
+    @settings(
+        max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.lists(ARRIVALS, min_size=12, max_size=24))
+    def mix(arrivals: list[Arrival]) -> None:
+        for arrival, outcome in zip(arrivals, asyncio.run(served(arrivals)), strict=True):
+            told = expected(model, arrival.ids, arrival.settings)
+            assert list(outcome.ids) == told, arrival.settings
+            if outcome.reason is FinishReason.MAX_NEW_TOKENS:
+                assert len(outcome.ids) == arrival.settings.max_new_tokens
+
+    async def served(arrivals: list[Arrival]) -> list[Finished]:
+        async with running(
+            resolve(str(family)), runner=runner, max_batch_size=9, max_batch_tokens=256
+        ) as client:
+
+            async def one(index: int, arrival: Arrival) -> Finished:
+                await asyncio.sleep(arrival.delay)
+                outcome = await client.run(
+                    EngineRequest(f"{index}", arrival.ids, arrival.settings, share=arrival.share)
+                )
+                assert isinstance(outcome, Finished), outcome
+                return outcome
+
+            return await asyncio.gather(*(one(i, a) for i, a in enumerate(arrivals)))
+
+    mix()
+
+
+@pytest.mark.parametrize("runner", [RUNNERS[0], "torch"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"suppress_tokens": [5, 9, 11], "begin_suppress_tokens": [4, 1]},
+        {"forced_bos_token_id": 6, "begin_suppress_tokens": [7]},
+        {"forced_eos_token_id": 1},
+    ],
+    ids=lambda said: " ".join(said),
+)
+async def test_tokens_that_the_configuration_suppresses_or_forces(
+    tmp_path: Path, said: dict[str, Any], runner: str
+) -> None:
+    path = save(FAMILIES["t5-v1.0"], tmp_path)
+    model = T5ForConditionalGeneration.from_pretrained(path).eval()
+    model.generation_config.update(**said)
+    model.generation_config.save_pretrained(path)
+    rng = random.Random(1)
     work = [
-        (
-            [
-                *rng.choices(
-                    range(3, VOCABULARY), k=rng.choice([rng.randint(1, 40), rng.randint(1, 300)])
-                ),
-                1,
-            ],
-            random_settings(rng),
-        )
-        for _ in range(24)
-    ]
-    async with running(resolve(str(family)), max_batch_size=9, max_batch_tokens=256) as client:
-
-        async def late(index: int, delay: float) -> Finished:
-            await asyncio.sleep(delay)
-            ids, settings = work[index]
-            outcome = await client.run(
-                EngineRequest(f"r{index}", ids, settings, share=f"{index % 3}")
-            )
-            assert isinstance(outcome, Finished)
-            return outcome
-
+        ([*rng.choices(range(3, VOCABULARY), k=30), 1],
+         GenerationSettings(num_beams=beams, max_new_tokens=12, no_repeat_ngram_size=2))
+        for beams in (1, 1, 1, 3, 3, 3)
+    ]  # fmt: skip
+    async with running(resolve(str(path)), runner=runner) as client:
         outcomes = await asyncio.gather(
-            *(late(i, rng.choice([0, 0, rng.random() * 0.3])) for i in range(len(work)))
+            *(client.run(EngineRequest(f"{i}", *one)) for i, one in enumerate(work))
         )
-    for (ids, settings), outcome in zip(work, outcomes, strict=True):
-        assert list(outcome.ids) == expected(model, ids, settings), settings
-        if outcome.reason is FinishReason.MAX_NEW_TOKENS:
-            assert len(outcome.ids) == settings.max_new_tokens
+    unbound = T5ForConditionalGeneration.from_pretrained(path).eval()
+    unbound.generation_config = GenerationConfig(
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1
+    )
+    told = [expected(model, *one) for one in work]
+    assert [list(outcome.ids) for outcome in outcomes] == told
+    assert told != [expected(unbound, *one) for one in work]  # it made a difference
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "asked",
     [
         GenerationSettings(max_new_tokens=40, no_repeat_ngram_size=3, min_new_tokens=3),
         GenerationSettings(
@@ -157,18 +247,18 @@ async def test_random_mixes_equal_generate(family: Path, seed: int) -> None:
     ids=["greedy", "beams"],
 )  # fmt: skip
 async def test_the_demo_model_equals_generate(
-    checkpoint: Checkpoint, direct: Direct, settings: GenerationSettings
+    checkpoint: Checkpoint, direct: Direct, asked: GenerationSettings
 ) -> None:
     inputs = [direct.ids(text) for text in texts(40)]
     batches: list[BatchRan] = []
-    async with running(checkpoint, batches) as client:
+    async with running(checkpoint, batches, max_batch_size=32) as client:
         outcomes = await asyncio.gather(
-            *(client.run(EngineRequest(f"r{i}", ids, settings)) for i, ids in enumerate(inputs))
+            *(client.run(EngineRequest(f"r{i}", ids, asked)) for i, ids in enumerate(inputs))
         )
     for ids, outcome in zip(inputs, outcomes, strict=True):
         assert isinstance(outcome, Finished)
-        assert list(outcome.ids) == expected(direct.model, ids, settings)
-    assert max(batch.requests for batch in batches) == 32 // settings.num_beams
+        assert list(outcome.ids) == expected(direct.model, ids, asked)
+    assert max(batch.requests for batch in batches) == 32 // asked.num_beams
 
 
 async def test_nobody_waits_for_a_long_one(checkpoint: Checkpoint, direct: Direct) -> None:
@@ -187,12 +277,12 @@ async def test_nobody_waits_for_a_long_one(checkpoint: Checkpoint, direct: Direc
 
 async def test_shares_take_turns(checkpoint: Checkpoint, direct: Direct) -> None:
     ids = direct.ids(texts(1)[0])
-    settings = GenerationSettings(min_new_tokens=6, max_new_tokens=6)
+    six = GenerationSettings(min_new_tokens=6, max_new_tokens=6)
     finished: list[str] = []
     async with running(checkpoint, max_batch_size=1) as client:
 
         async def one(name: str, share: str) -> None:
-            await client.run(EngineRequest(name, ids, settings, share=share))
+            await client.run(EngineRequest(name, ids, six, share=share))
             finished.append(name)
 
         tasks = [asyncio.create_task(one(f"many{i}", "document")) for i in range(12)]

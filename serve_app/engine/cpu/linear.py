@@ -16,8 +16,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from serve_app.engine import native
-
 _ROWS = 32
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # native/vectors.h
 
@@ -78,15 +76,15 @@ def many_rows(weight: Tensor, precision: Precision) -> Linear:
     return _OneDnn(weight.to(precision.between))
 
 
-def few_rows(weight: Tensor, precision: Precision) -> Linear:
+def few_rows(weight: Tensor, precision: Precision, kernels: ctypes.PyDLL) -> Linear:
     """The product with a weight, (out, in), for a decode step."""
-    return _Panels(weight, precision, precision.between)
+    return _Panels(weight, precision, precision.between, kernels)
 
 
-def head(weight: Tensor, precision: Precision) -> Linear:
+def head(weight: Tensor, precision: Precision, kernels: ctypes.PyDLL) -> Linear:
     """The output head for a decode step. Gives float32 whatever the precision: around 10, where
     logits are, bfloat16 has steps of 1/16, and rounding would decide between near ties."""
-    return _Panels(weight, precision, torch.float32)
+    return _Panels(weight, precision, torch.float32, kernels)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,9 +135,9 @@ class _Linear(ctypes.Structure):
 class _Panels:
     """Weights in native/linear.cpp's panels."""
 
-    def __init__(self, weight: Tensor, precision: Precision, gives: torch.dtype) -> None:
-        kernels = native.load()
-        assert kernels is not None
+    def __init__(
+        self, weight: Tensor, precision: Precision, gives: torch.dtype, kernels: ctypes.PyDLL
+    ) -> None:
         self._product = kernels.t5_linear
         self._out, width = weight.shape
         self._gives = gives

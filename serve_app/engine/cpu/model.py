@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from serve_app.engine import native
 from serve_app.engine.cpu.linear import (
     FORMATS,
     Linear,
@@ -78,15 +77,15 @@ class _Cross:
 class CpuT5:
     """Weights and what is computed with them. All methods run in inference mode, on one thread."""
 
-    def __init__(self, weights: WeightSource, shape: Shape, precision: Precision) -> None:
-        kernels = native.load()
-        assert kernels is not None
+    def __init__(
+        self, weights: WeightSource, shape: Shape, precision: Precision, kernels: ctypes.PyDLL
+    ) -> None:
         self.shape = shape
         self.precision = precision
         self._kernels = kernels
         self._embedding = weights.embedding().to(precision.between).contiguous()
         many = partial(many_rows, precision=precision)
-        few = partial(few_rows, precision=precision)
+        few = partial(few_rows, precision=precision, kernels=kernels)
         self._encoder = [
             _Block(weights.attention("encoder", i), weights.feed_forward("encoder", i), many)
             for i in range(shape.encoder_layers)
@@ -104,7 +103,7 @@ class CpuT5:
         self._encoder_norm = weights.final_norm("encoder").float()
         # The decoder's last norm takes the scale of its output with it.
         self._decoder_norm = weights.final_norm("decoder").float() * shape.head_scale
-        self._head = head(weights.head(), precision)
+        self._head = head(weights.head(), precision, kernels)
         self._encoder_buckets = weights.bias("encoder").float()
         self._decoder_buckets = weights.bias("decoder").float()
         self._encoder_shape = _Encoder(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from serve_app.engine import native
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.cpu.linear import Precision
 from serve_app.engine.cpu.model import CpuT5, StepRows
@@ -33,16 +32,16 @@ class _Rows(ctypes.Structure):
 class CpuRunner:
     """See `serve_app.engine.runner.Runner`."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
-        kernels = native.load()
-        assert kernels is not None
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, kernels: ctypes.PyDLL) -> None:
         self._kernels = kernels
         self.shape = read_shape(checkpoint.config)
         precision = Precision(plan.dtype)
-        self._model = CpuT5(WeightSource(checkpoint, self.shape), self.shape, precision)
+        weights = WeightSource(checkpoint, self.shape)
+        self._model = CpuT5(weights, self.shape, precision, kernels)
+        self.most_rows = plan.rows or 64
         self._state = State(
             self.shape, checkpoint.constraints, precision,
-            lanes=plan.rows, steps=plan.steps, source=plan.source,
+            lanes=self.most_rows, steps=plan.steps, source=plan.source,
         )  # fmt: skip
         self._speculation = Speculation() if plan.speculation else None
         self.entries: list[Entry] = []
@@ -93,6 +92,7 @@ class CpuRunner:
             self._state.release(self._slots[index])
             del self.entries[index], self._slots[index]
         self._changed = True
+        # Always on: a leaked slot would starve the service without a word.
         self._state.check(self._slots)
 
     def step(self) -> list[Advance]:
@@ -122,15 +122,16 @@ class CpuRunner:
             firsts = chosen[rows.firsts.long()].tolist()
             for draft in drafts:
                 self._speculation.learn(draft, made_by[draft.document], firsts[draft.document])
-        for entry, slot, count, over in zip(
-            self.entries, self._slots, made_by, done_by, strict=True
-        ):
+        documents = zip(
+            self.entries, self._slots, made_by, done_by, self._drafted.tolist(), strict=True
+        )
+        for entry, slot, count, over, drafted in documents:
             settings = entry.request.settings
             new = ()
             if entry.request.stream and settings.num_beams == 1:
                 new = state.tokens(slot)[-count:].tolist()
             output = state.output(slot) if over else None
-            advances.append(Advance(entry, count, new, output))
+            advances.append(Advance(entry, count, new, output, drafted))
         return advances
 
     def _draft(self) -> list[Draft]:

@@ -75,7 +75,10 @@ class _CrossCache(ctypes.Structure):
     """`CrossCache` of native/cross_attention.cpp."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("keys", "values", "key_scales", "key_offsets", "value_scales")),
+        *(
+            (n, ctypes.c_void_p)
+            for n in ("keys", "values", "key_scales", "key_offsets", "value_scales")
+        ),
         *((n, ctypes.c_int) for n in ("capacity", "heads", "width", "padded")),
     )
 
@@ -160,8 +163,8 @@ class State:
             return
         for name in (*_BY_LANE, *_BY_DOCUMENT):
             # The start token, and room for drafts that reach behind the end.
-            size = (lanes, steps + 1) if name in _LONG_LANE else (lanes,)
-            self._arrays[name] = _grown(self._arrays[name], size)
+            extent = (lanes, steps + 1) if name in _LONG_LANE else (lanes,)
+            self._arrays[name] = _grown(self._arrays[name], extent)
         self._arrays["lanes"] = _grown(self._arrays["lanes"], (lanes, beams))
         self.sources = _grown(self.sources, (lanes, source))
         heads = self._shape.heads
@@ -235,10 +238,10 @@ class State:
     def output(self, slot: int) -> list[int]:
         """A done document's tokens without the start token."""
         if self._arrays["beams"][slot] == 1:
-            return self.tokens(slot)[1:].tolist()
+            return list(map(int, self.tokens(slot)[1:]))
         lane = self._arrays["lanes"][slot, 0]
         steps = self._arrays["best_steps"][lane]
-        return self._arrays["best_tokens"][lane, 1 : steps + 1].tolist()
+        return list(map(int, self._arrays["best_tokens"][lane, 1 : steps + 1]))
 
     def set_bias(self, bias: Tensor) -> None:
         """Decoder self-attention bias, (heads, distances), farthest first."""

@@ -66,6 +66,7 @@ class T5:
         # Keys and values of all decoder layers in one matmul over the encoder's output.
         self._cross_in = torch.cat([w for part in parts for w in (part.key, part.value)])
         self._distance_bias = torch.empty(shape.heads, 0)
+        self._outgrown: list[Tensor] = []
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +137,8 @@ class T5:
     def distance_bias(self, distances: int) -> Tensor:
         """Decoder self-attention bias by how far back a key lies: (heads, at least `distances`)."""
         if self._distance_bias.shape[1] < distances:
+            # CUDA graphs go on reading the old one from where it lies.
+            self._outgrown.append(self._distance_bias)
             back = torch.arange(max(distances, 128), device=self.device)
             found = buckets(self.shape, -back, bidirectional=False)
             self._distance_bias = self._decoder_bias_by_bucket[found].T.contiguous()

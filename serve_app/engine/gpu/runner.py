@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.gpu.graphs import StepGraphs, forward
+from serve_app.engine.gpu.memory import plan_rows
 from serve_app.engine.gpu.model import T5
 from serve_app.engine.gpu.search import beam_step, greedy_step, output
 from serve_app.engine.gpu.slots import Group
@@ -27,7 +29,15 @@ class TorchRunner:
         weights = WeightSource(checkpoint, self.shape, plan.device, getattr(torch, plan.dtype))
         self._model = T5(weights, self.shape)
         self._constraints = checkpoint.constraints
+        self._plan = plan
         self._groups: dict[int, Group] = {}  # by number of beams
+        self.most_rows = plan.rows or 64
+        self._graphs: StepGraphs | None = None
+        self._rounded = plan.rounded
+        if self._model.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._model.device)
+            self.most_rows = plan_rows(self.shape, plan, free, self._model.dtype.itemsize)
+            self._graphs, self._rounded = StepGraphs(self._model), True
 
     @property
     def entries(self) -> list[Entry]:
@@ -50,9 +60,7 @@ class TorchRunner:
         for batch, (keys, values) in encoded:
             for beams in {entry.request.settings.num_beams for entry in batch}:
                 mine = [i for i, e in enumerate(batch) if e.request.settings.num_beams == beams]
-                if beams not in self._groups:
-                    self._groups[beams] = Group(self._model, beams)
-                self._groups[beams].admit(
+                self._group(beams).admit(
                     [batch[i] for i in mine],
                     [batch[i].tokens for i in mine],
                     (keys[:, mine], values[:, mine]),
@@ -66,32 +74,40 @@ class TorchRunner:
 
     def step(self) -> list[Advance]:
         """See `Runner.step`."""
-        groups = [group for group in self._groups.values() if len(group)]
-        eos_id = self.shape.eos_id
-        rows = [group.rows for group in groups]
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            parts = zip(groups, *(part.split(rows) for part in (query, key, value)), strict=True)
-            return _joined([group.attend(layer, q, k, v) for group, q, k, v in parts])
-
-        def cross(layer: int, query: Tensor) -> Tensor:
-            parts = zip(groups, query.split(rows), strict=True)
-            return _joined([group.cross(layer, part) for group, part in parts])
-
-        ids = _joined([group.begin() for group in groups])
-        logits = self._model.decode(ids, attend, cross)
         advances: list[Advance] = []
-        for group, part in zip(groups, logits.split(rows), strict=True):
-            if group.beams == 1:
-                chosen, done = greedy_step(group, part, eos_id, self._constraints)
-                news, flags = chosen.tolist(), done.tolist()
-            else:
-                flags = beam_step(group, part, eos_id, self._constraints).tolist()
-                news = [None] * len(group)
-            for slot, (entry, new, over) in enumerate(zip(group.entries, news, flags, strict=True)):
-                streamed = [new] if entry.request.stream and new is not None else []
-                advances.append(Advance(entry, 1, streamed, output(group, slot) if over else None))
+        for group in self._groups.values():
+            if len(group):
+                view = group.view(rounded=self._rounded)
+                if self._graphs is not None:
+                    logits = self._graphs(group, view)
+                else:
+                    logits = forward(self._model, group, view)
+                advances.extend(self._choose(group, logits[: group.rows]))
         return advances
+
+    def _choose(self, group: Group, logits: Tensor) -> list[Advance]:
+        eos_id = self.shape.eos_id
+        if group.beams == 1:
+            chosen, done = greedy_step(group, logits, eos_id, self._constraints)
+            # One copy from the device, not two.
+            news, flags = torch.stack((chosen, done.to(chosen.dtype))).tolist()
+        else:
+            flags = beam_step(group, logits, eos_id, self._constraints).tolist()
+            news = [None] * len(group)
+        advances = []
+        for slot, (entry, new, over) in enumerate(zip(group.entries, news, flags, strict=True)):
+            streamed = [new] if entry.request.stream and new is not None else []
+            advances.append(Advance(entry, 1, streamed, output(group, slot) if over else None))
+        return advances
+
+    def _group(self, beams: int) -> Group:
+        if beams not in self._groups:
+            group = self._groups[beams] = Group(self._model, beams)
+            if self._graphs is not None:
+                # All room at once: graphs are of tensors where they lie.
+                slots = max(self.most_rows // beams, 1)
+                group.reserve(slots, self._plan.steps, self._plan.source)
+        return self._groups[beams]
 
     def _encode(self, batch: list[Entry]) -> tuple[Tensor, Tensor]:
         ids, mask = padded(batch, self.shape.pad_id, self._model.device)
@@ -108,7 +124,3 @@ def _microbatches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         batch.append(entry)
     if batch:
         yield batch
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

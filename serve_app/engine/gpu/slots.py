@@ -10,6 +10,7 @@ nothing is copied when beams change places.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,20 +23,34 @@ UNLIKELY = -1e9  # `generate()`'s score of a beam that is not there
 _ROOM = 64  # tensors grow at least by so many positions
 
 
+class View(NamedTuple):
+    """How much of a group's tensors a step works on: slots, generated positions, source positions.
+
+    A CUDA graph is of one view, so there steps work on few, rounded-up ones. Slots behind the last
+    document have no source and no steps; what is computed for them is of no meaning.
+    """
+
+    slots: int
+    depth: int
+    source: int
+
+
 class Group:
     """Documents decoded with `beams` beams each.
 
     State of slot i (the first dimension): `tokens` (beams, 1 + steps), the start token first;
     `steps`, the tokens generated so far; the request's `least` and `most` new tokens, n-gram size
-    `ngram`, length `penalty`, `repetition` penalty and `early` stopping; `sources`, the length of its input. For beam search
-    `scores` (beams,), `ancestry` (beams, steps), and of the finished hypotheses `best_tokens`,
+    `ngram`, length `penalty`, `repetition` penalty and `early` stopping; `sources`, the length of
+    its input. For beam search `scores` (beams,), `ancestry` (beams, steps), and of the finished
+    hypotheses `best_tokens`,
     `best_scores`, `best_done`, `best_steps`; `improvable` says whether running beams may still beat
     them.
     """
 
     _SLOTTED = (
         "tokens", "steps", "least", "most", "ngram", "penalty", "early", "scores", "ancestry",
-        "best_tokens", "best_scores", "best_done", "best_steps", "improvable", "sources", "repetition",
+        "best_tokens", "best_scores", "best_done", "best_steps", "improvable", "sources",
+        "repetition",
     )  # fmt: skip
     _CACHES = ("keys", "values", "cross_keys", "cross_values")  # the slot is the second dimension
 
@@ -68,6 +83,7 @@ class Group:
         # Kept beside the tensors, to be asked without waiting for the device.
         self._depth: list[int] = []
         self._source: list[int] = []
+        self.moved = 0  # how often the tensors have been allocated anew
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -87,6 +103,17 @@ class Group:
         """Most tokens that one of the documents has generated."""
         return max(self._depth)
 
+    def view(self, *, rounded: bool) -> View:
+        """What the next step works on."""
+        exact = View(len(self.entries), max(self._depth) + 1, max(self._source))
+        if not rounded:
+            return exact
+        room = View(self.steps.shape[0], self.ancestry.shape[2], self.cross_values.shape[3])
+        least = View(1, _ROOM, 2 * _ROOM)
+        return View(
+            *(min(up(n, low), most) for n, low, most in zip(exact, least, room, strict=True))
+        )
+
     def admit(self, entries: Sequence[Entry], lengths: Sequence[int], encoded: Tensors) -> None:
         """Give documents slots.
 
@@ -98,7 +125,7 @@ class Group:
         keys, values = encoded
         first, count, source = len(self.entries), len(entries), max(lengths)
         most = max(entry.request.settings.max_new_tokens for entry in entries)
-        self._reserve(first + count, most, source)
+        self.reserve(first + count, most, source)
         slots = slice(first, first + count)
         for name in self._SLOTTED:
             getattr(self, name)[slots] = 0
@@ -134,24 +161,26 @@ class Group:
                     tensor[:, slot, :, :depth] = tensor[:, last, :, :depth]
                 self.cross_keys[:, slot, ..., :source] = self.cross_keys[:, last, ..., :source]
                 self.cross_values[:, slot, :, :source] = self.cross_values[:, last, :, :source]
+            self.steps[last] = self.sources[last] = 0
             self.entries[slot] = self.entries[last]
             self._depth[slot], self._source[slot] = self._depth[last], self._source[last]
             del self.entries[last], self._depth[last], self._source[last]
 
-    def begin(self) -> Tensor:
-        """Prepare a step; returns each row's newest token, (rows,)."""
-        count, device = len(self.entries), self._model.device
+    def begin(self, view: View) -> Tensor:
+        """Prepare a step; returns each row's newest token, (slots * beams,)."""
+        device, (count, depth, source) = self._model.device, view
+        self._view = view
         steps = self.steps[:count]
-        depth = max(self._depth) + 1
         position = torch.arange(depth, device=device)
         back = steps[:, None] - position
-        bias = self._model.distance_bias(depth)[:, back.clamp(min=0)].transpose(0, 1)
+        distances = self._model.distance_bias(self.ancestry.shape[2])
+        bias = distances[:, back.clamp(min=0)].transpose(0, 1)
         seen = back >= 0
+        here = steps[:, None, None].expand(-1, self.beams, 1)
         if self.beams == 1:
             mask = bias.masked_fill(~seen[:, None], LOWEST)[:, :, None]
         else:
             beam = torch.arange(self.beams, device=device)
-            here = steps[:, None, None].expand(-1, self.beams, 1)
             self.ancestry[:count].scatter_(2, here, beam[None, :, None].expand(count, -1, 1))
             own = self.ancestry[:count, :, :depth, None] == beam
             own &= seen[:, None, :, None]
@@ -159,16 +188,14 @@ class Group:
             mask = wide.masked_fill(~own[:, None], LOWEST).flatten(3)
         self._mask = mask
         self._slot = torch.arange(count, device=device)
-        padding = torch.arange(max(self._source), device=device) >= self.sources[:count, None]
+        padding = torch.arange(source, device=device) >= self.sources[:count, None]
         self._cross_mask = torch.zeros(padding.shape, device=device).masked_fill_(padding, LOWEST)
         self._cross_mask = self._cross_mask[:, None, None]
-        here = steps[:, None, None].expand(-1, self.beams, 1)
         return self.tokens[:count].gather(2, here).flatten()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Self-attention of the group's rows; see `serve_app.engine.gpu.model.SelfAttend`."""
-        count = len(self.entries)
-        depth = max(self._depth) + 1
+        count, depth, _ = self._view
         here = self.steps[:count]
         self.keys[layer][self._slot, :, here] = self._by_head(key)
         self.values[layer][self._slot, :, here] = self._by_head(value)
@@ -179,7 +206,7 @@ class Group:
 
     def cross(self, layer: int, query: Tensor) -> Tensor:
         """Cross-attention of the group's rows; see `serve_app.engine.gpu.model.CrossAttend`."""
-        count, source = len(self.entries), max(self._source)
+        count, _, source = self._view
         keys = self.cross_keys[layer, :count, ..., :source]
         values = self.cross_values[layer, :count, :, :source]
         scores = self._by_head(query) @ keys + self._cross_mask
@@ -197,9 +224,9 @@ class Group:
 
     def _by_row(self, mixed: Tensor) -> Tensor:
         """The way back."""
-        return mixed.transpose(1, 2).reshape(self.rows, -1)
+        return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
-    def _reserve(self, slots: int, steps: int, source: int) -> None:
+    def reserve(self, slots: int, steps: int, source: int) -> None:
         """Grow the tensors so that they hold this much, at least by half or `_ROOM` at a time."""
 
         def grown(now: int, wanted: int, room: int) -> int:
@@ -208,6 +235,11 @@ class Group:
         slots = grown(self.steps.shape[0], slots, 4)
         steps = grown(self.ancestry.shape[2], steps, _ROOM)
         source = grown(self.cross_values.shape[3], source, _ROOM)
+        if (slots, steps, source) == (
+            self.steps.shape[0], self.ancestry.shape[2], self.cross_values.shape[3],
+        ):  # fmt: skip
+            return
+        self.moved += 1
         for name in self._SLOTTED:
             tensor = getattr(self, name)
             size = [slots, *tensor.shape[1:]]
@@ -224,6 +256,13 @@ class Group:
 
 
 Tensors = tuple[Tensor, Tensor]
+
+
+def up(count: int, least: int) -> int:
+    """The next power of two times `least`."""
+    while least < count:
+        least *= 2
+    return least
 
 
 def _resized(tensor: Tensor, size: Sequence[int]) -> Tensor:

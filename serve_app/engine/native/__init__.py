@@ -1,8 +1,8 @@
 """The CPU engine's compiled part: everything of a step that is not a matrix product.
 
-Plain C++ behind a C interface, called through ctypes: it knows nothing of Python or torch, builds in
-seconds with g++ and works with any version of either. It shares torch's OpenMP team, because both
-are linked to `libgomp.so.1` and torch's has been loaded before.
+Plain C++ behind a C interface, called through ctypes: it knows nothing of Python or torch, builds
+in seconds with g++ and works with any version of either. It shares torch's OpenMP team, because
+both are linked to `libgomp.so.1` and torch's has been loaded before.
 
 `python -m serve_app.engine.native` builds it, once per instruction set; `load()` takes the best one
 the machine has. Without it the engine runs on torch alone (`serve_app.engine.gpu`), slower.
@@ -89,18 +89,22 @@ def bfloat16() -> bool:
 
 @cache
 def load() -> ctypes.PyDLL | None:
-    """The kernels for this machine, or None where they have not been built.
+    """The best kernels for this machine, or None where none have been built."""
+    for variant in supported():
+        if library(variant).exists():
+            return open_library(variant)
+    return None
+
+
+def open_library(variant: str) -> ctypes.PyDLL:
+    """The kernels of one instruction set.
 
     The calls keep the interpreter lock: they take microseconds, and giving it away some hundred
     times a step would let another thread hold up each of them.
     """
-    for variant in supported():
-        path = library(variant)
-        if path.exists():
-            kernels = ctypes.PyDLL(str(path))
-            for name, arguments in _SIGNATURES.items():
-                function = getattr(kernels, name)
-                function.argtypes = arguments
-                function.restype = _INT if name in _RETURNS_COUNT else None
-            return kernels
-    return None
+    kernels = ctypes.PyDLL(str(library(variant)))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(kernels, name)
+        function.argtypes = arguments
+        function.restype = _INT if name in _RETURNS_COUNT else None
+    return kernels
