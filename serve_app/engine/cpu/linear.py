@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from serve_app.engine.cpu.memory import empty
+
 _ROWS = 32
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # native/vectors.h
 
@@ -149,7 +151,7 @@ class _Panels:
         else:
             source = weight.to(precision.between)
         sums = torch.zeros(padded, dtype=torch.int32)
-        packed = torch.empty(padded, width, dtype=source.dtype)
+        packed = empty((padded, width), source.dtype)
         self._kept = packed, sums, scales
         self._linear = _Linear(
             *(kept.data_ptr() for kept in self._kept), self._out, width, FORMATS[precision.taken]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from serve_app.engine.checkpoint import CheckpointError
 from serve_app.engine.cpu.linear import Precision
+from serve_app.engine.cpu.memory import empty
 from serve_app.engine.protocol import EngineRequest, TokenConstraints
 from serve_app.engine.weights import Shape
 
@@ -305,6 +306,6 @@ def _grown(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 def _grown_cache(cache: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(cache.shape) == size:
         return cache
-    bigger = torch.empty(size, dtype=cache.dtype)
+    bigger = empty(size, cache.dtype)
     bigger[tuple(slice(0, extent) for extent in cache.shape)] = cache
     return bigger
