@@ -23,9 +23,13 @@ constexpr int kByteVectors = 2, kByteBlock = kByteVectors * kVector;
 
 // Caches are larger than the processor's: ask for what is read next while this is worked on. The
 // hardware's own prefetching ends with each page.
+constexpr int kAhead = 6144;  // bytes
+
+static void fetch(const void* from, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
 template <class Cell> static void fetch_ahead(const Cell* from, int count) {
-    const char* ahead = reinterpret_cast<const char*>(from) + 6144;
-    for (int i = 0; i < count * int(sizeof(Cell)); i += 64) __builtin_prefetch(ahead + i);
+    fetch(reinterpret_cast<const char*>(from) + kAhead, count * int(sizeof(Cell)));
 }
 
 // The first or second value of sixteen keys.
@@ -100,8 +104,10 @@ static void cross_head_of_bytes(const CrossCache& cache, const bf16* queries, co
     }
     const int8_t* key = static_cast<const int8_t*>(cache.keys) + first * padded;
     const int8_t* value = static_cast<const int8_t*>(cache.values) + first * padded;
+    const int8_t* key_of_next = key + int64_t(cache.capacity) * padded;
     for (int start = 0; start < source; start += kByteBlock, key += kByteBlock * padded) {
-        fetch_ahead(key, kByteBlock * padded);
+        if (kRows > 2) fetch_ahead(key, kByteBlock * padded);  // or `product` does it
+        if (start * padded < kAhead) fetch(value + start * padded, kByteBlock * padded);
         Ints total[kRows][kByteVectors];
         product<Int8, kRows, kByteVectors>(word(bytes), words_of_head, word(key), kByteBlock,
                                            words_of_head, total);
@@ -124,7 +130,7 @@ static void cross_head_of_bytes(const CrossCache& cache, const bf16* queries, co
         const Output output{bytes, share_scales, kBytes};
         put_row(line, stride, output, row, true);
     }
-    fetch_ahead(value, 6144);
+    fetch(key_of_next, kAhead);
     Ints total[kRows][vectors];
     product<Int8, kRows, vectors>(word(bytes), stride / 4, word(value), padded,
                                   round_up(source, 4) / 4, total);
@@ -150,7 +156,8 @@ static void cross_rows(const CrossCache& cache, const T* queries, const float* s
     {
         static thread_local std::vector<float> keep;
         float* room = scratch(keep, 8 * (cache.padded + cache.capacity));
-#pragma omp for schedule(dynamic, 1)
+        // A thread stays with a document: the next head's keys are where it looks ahead.
+#pragma omp for schedule(dynamic, documents < 8 ? 1 : cache.heads)
         for (int item = 0; item < documents * cache.heads; ++item) {
             const int document = item / cache.heads, head = item % cache.heads;
             int row = firsts[document];
@@ -182,29 +189,36 @@ static void cross_rows(const CrossCache& cache, const T* queries, const float* s
     }
 }
 
-// Write documents' keys and values, as projected from the encoder's output, into their slots.
-template <class T, class Head>
-static void store_heads(const CrossCache& cache, const T* projected, int64_t stride, int documents,
-                        const int32_t* starts, const int32_t* slots, const float* scales,
-                        Head store_head) {
+// Write documents' keys and values, as projected from the encoder's output, into their slots. By
+// blocks of positions, all heads of them: that is how the projected rows lie.
+template <class T, class Block>
+static void store_blocks(const CrossCache& cache, const T* projected, int64_t stride,
+                         int documents, const int32_t* starts, const int32_t* slots,
+                         const float* scales, Block store_block) {
+    int longest = 0;
+    for (int i = 0; i < documents; ++i) longest = std::max(longest, starts[i + 1] - starts[i]);
+    const int blocks = (longest + kByteBlock - 1) / kByteBlock;
 #pragma omp parallel
     {
         static thread_local std::vector<float> keep;
         float* room = scratch(keep, 2 * kByteBlock * cache.padded);
 #pragma omp for schedule(dynamic, 1)
-        for (int item = 0; item < documents * cache.heads; ++item) {
-            const int document = item / cache.heads, head = item % cache.heads;
-            const int64_t start = starts[document];
-            store_head(cache, projected + start * stride + head * cache.width, stride,
-                       scales ? scales + start : nullptr, starts[document + 1] - int(start),
-                       (int64_t(slots[document]) * cache.heads + head) * cache.capacity, room);
+        for (int item = 0; item < documents * blocks; ++item) {
+            const int document = item / blocks, start = item % blocks * kByteBlock;
+            const int64_t row = starts[document] + start;
+            const int count = std::min(starts[document + 1] - int(row), kByteBlock);
+            for (int head = 0; count > 0 && head < cache.heads; ++head)
+                store_block(cache, projected + row * stride + head * cache.width, stride,
+                            scales ? scales + row : nullptr, count,
+                            (int64_t(slots[document]) * cache.heads + head) * cache.capacity + start,
+                            room);
         }
     }
 }
 
-// rows: a head's keys, with the values heads * width behind; `first`: of its positions.
+// rows: `source` keys of a head, with the values heads * width behind; `first`: where they go.
 template <class T>
-static void store_head(const CrossCache& cache, const T* rows, int64_t stride, const float* scales,
+static void store_block(const CrossCache& cache, const T* rows, int64_t stride, const float* scales,
                        int source, int64_t first, float* room) {
     constexpr int parts = Chunk<T>::kParts;
     const int inner = cache.heads * cache.width, padded = cache.padded, width = padded / parts;
@@ -226,7 +240,7 @@ static void store_head(const CrossCache& cache, const T* rows, int64_t stride, c
     }
 }
 
-static void store_head_of_bytes(const CrossCache& cache, const bf16* rows, int64_t stride,
+static void store_block_of_bytes(const CrossCache& cache, const bf16* rows, int64_t stride,
                                 const float* scales, int source, int64_t first, float* room) {
     const int inner = cache.heads * cache.width, padded = cache.padded, width = padded / 4;
     int8_t* block = reinterpret_cast<int8_t*>(room + padded);  // (kByteBlock positions, padded)
@@ -290,14 +304,14 @@ void t5_store_cross(const CrossCache* cache, const void* projected, int format,
                     const float* scales, int64_t stride, int documents, const int32_t* starts,
                     const int32_t* slots) {
     if (cache->key_scales)
-        store_heads(*cache, static_cast<const bf16*>(projected), stride, documents, starts, slots,
-                    scales, store_head_of_bytes);
+        store_blocks(*cache, static_cast<const bf16*>(projected), stride, documents, starts, slots,
+                    scales, store_block_of_bytes);
     else if (format == kBfloat16)
-        store_heads(*cache, static_cast<const bf16*>(projected), stride, documents, starts, slots,
-                    scales, store_head<bf16>);
+        store_blocks(*cache, static_cast<const bf16*>(projected), stride, documents, starts, slots,
+                    scales, store_block<bf16>);
     else
-        store_heads(*cache, static_cast<const float*>(projected), stride, documents, starts, slots,
-                    scales, store_head<float>);
+        store_blocks(*cache, static_cast<const float*>(projected), stride, documents, starts, slots,
+                    scales, store_block<float>);
 }
 
 }  // extern "C"
