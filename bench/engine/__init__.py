@@ -1,1 +1,1 @@
-"""The engine against its peers: `python -m bench.engine`. How it is measured: bench/README.md."""
+"""The engine against its peers: `python -m bench.engine`. How: docs/performance.md."""

@@ -66,6 +66,10 @@ class Runner(Protocol):
         """Rows taken."""
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the model."""
+
+    @property
     def cache_bytes(self) -> int:
         """Size of what is kept for attention."""
 

@@ -66,7 +66,9 @@ class Rows(NamedTuple):
 
 
 class Linear(Protocol):
-    """`x @ weight.T`."""
+    """`x @ weight.T`. `nbytes` is what the weight takes."""
+
+    nbytes: int
 
     def __call__(self, x: Rows) -> Rows: ...
 
@@ -100,6 +102,7 @@ class _OneDnn:
     """Weights in the rows' own type."""
 
     def __init__(self, weight: Tensor) -> None:
+        self.nbytes = weight.nbytes
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -112,6 +115,7 @@ class _OneDnnInt8:
 
     def __init__(self, weight: Tensor) -> None:
         whole, self._scales = quantized(weight)
+        self.nbytes = whole.nbytes
         self._packed = torch.ops.onednn.qlinear_prepack(whole, [_ROWS, weight.shape[1]])
         self._zeros = torch.zeros(len(whole), dtype=torch.int32)
         self._product = torch.ops.onednn.qlinear_pointwise.default
@@ -153,6 +157,7 @@ class _Panels:
         sums = torch.zeros(padded, dtype=torch.int32)
         packed = empty((padded, width), source.dtype)
         self._kept = packed, sums, scales
+        self.nbytes = packed.nbytes
         self._linear = _Linear(
             *(kept.data_ptr() for kept in self._kept), self._out, width, FORMATS[precision.taken]
         )

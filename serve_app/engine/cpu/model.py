@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,8 +83,18 @@ class CpuT5:
         self.precision = precision
         self._kernels = kernels
         self._embedding = weights.embedding().to(precision.between).contiguous()
-        many = partial(many_rows, precision=precision)
-        few = partial(few_rows, precision=precision, kernels=kernels)
+        self.weight_bytes = self._embedding.nbytes
+
+        def counted(product: Linear) -> Linear:
+            self.weight_bytes += product.nbytes
+            return product
+
+        def many(weight: Tensor) -> Linear:
+            return counted(many_rows(weight, precision))
+
+        def few(weight: Tensor) -> Linear:
+            return counted(few_rows(weight, precision, kernels))
+
         self._encoder = [
             _Block(weights.attention("encoder", i), weights.feed_forward("encoder", i), many)
             for i in range(shape.encoder_layers)
@@ -103,7 +112,7 @@ class CpuT5:
         self._encoder_norm = weights.final_norm("encoder").float()
         # The decoder's last norm takes the scale of its output with it.
         self._decoder_norm = weights.final_norm("decoder").float() * shape.head_scale
-        self._head = head(weights.head(), precision, kernels)
+        self._head = counted(head(weights.head(), precision, kernels))
         self._encoder_buckets = weights.bias("encoder").float()
         self._decoder_buckets = weights.bias("decoder").float()
         self._encoder_shape = _Encoder(

@@ -56,6 +56,11 @@ class CpuRunner:
         return self._state.lane_count - len(self._state.free_lanes)
 
     @property
+    def weight_bytes(self) -> int:
+        """See `Runner.weight_bytes`."""
+        return self._model.weight_bytes
+
+    @property
     def cache_bytes(self) -> int:
         """See `Runner.cache_bytes`."""
         return self._state.cache_bytes

@@ -69,6 +69,15 @@ class T5:
         self._outgrown: list[Tensor] = []
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the matrices."""
+        blocks = [(b.joined, b.out, b.inner, b.inner_out) for b in self._encoder + self._decoder]
+        others = [(part.query, part.out) for part in self._cross]
+        tied = self._head is self._embedding
+        single = (self._embedding, self._cross_in, *(() if tied else (self._head,)))
+        return sum(w.nbytes for group in (*blocks, *others, single) for w in group)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self._embedding.device

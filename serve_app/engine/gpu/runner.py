@@ -50,6 +50,11 @@ class TorchRunner:
         return sum(group.rows for group in self._groups.values())
 
     @property
+    def weight_bytes(self) -> int:
+        """See `Runner.weight_bytes`."""
+        return self._model.weight_bytes
+
+    @property
     def cache_bytes(self) -> int:
         """See `Runner.cache_bytes`."""
         return sum(group.cache_bytes for group in self._groups.values())

@@ -1,0 +1,292 @@
+"""Measure: `python -m bench.engine --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.engine import models, report
+from bench.engine.figures import percentile
+from bench.engine.floor import Floor
+from bench.engine.ours import Ours
+from bench.engine.peers import CTranslate, HuggingFace, best_types
+from bench.engine.progress import say
+from bench.engine.worker import RefusedError, Worker
+from bench.engine.workloads import (
+    Decoding,
+    Work,
+    arrivals,
+    depth_seen,
+    documents,
+    mixed,
+    single,
+    source_seen,
+)
+
+GREEDY, BEAMS = Decoding(1, 0), Decoding(4, 3)
+_MOST = 64  # output tokens of the demo model
+_LOADS = (50, 80)  # percent of the best peer's throughput
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__)
+    parser.add_argument("--model", choices=models.NAMES, default="small")
+    parser.add_argument("--dtypes", nargs="+", default=["int8", "bfloat16", "float32"])
+    parser.add_argument("--requests", type=int, default=512, help="offline, greedy")
+    parser.add_argument("--beam-requests", type=int, default=96)
+    parser.add_argument("--poisson-requests", type=int, default=150)
+    parser.add_argument("--tune-requests", type=int, default=96, help="to choose batch sizes with")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--rows", type=int, default=64, help="documents in our running batch")
+    parser.add_argument("--repeats", type=int, default=7, help="of single requests")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--quick", action="store_true", help="few requests: does it run?")
+    found = parser.parse_args()
+    if found.quick:
+        found.requests, found.beam_requests, found.poisson_requests = 24, 8, 12
+        found.tune_requests, found.repeats, found.batches = 8, 2, [8]
+    return found
+
+
+class Bench:
+    """One model's run."""
+
+    def __init__(self, options: argparse.Namespace, path: Path, converted: Path | None) -> None:
+        self.options, self.path = options, path
+        self.result: dict[str, Any] = {
+            "model": options.model,
+            "machine": report.machine(options.threads),
+            "arguments": {k: str(v) for k, v in vars(options).items()},
+            "throughput": {}, "latency": {}, "poisson": {}, "counts": {},
+            "floor": [], "memory": [], "ratios": [],
+        }  # fmt: skip
+        self.ours: dict[str, Worker] = {}
+        self.peers: dict[str, Worker] = {}
+        self.best: dict[str, tuple[str, int, float]] = {}  # by search: peer, batch, requests/s
+        for dtype in ["float32", "bfloat16"] if options.device == "cpu" else ["bfloat16"]:
+            make = (HuggingFace, str(path), dtype, options.device, options.threads)
+            self._open(self.peers, f"transformers {dtype}", *make)
+        for kind in best_types() if converted else []:
+            make = (CTranslate, str(converted), kind, options.threads)
+            self._open(self.peers, f"CTranslate2 {kind}", *make)
+
+    def _open(self, to: dict[str, Worker], name: str, *make: Any) -> None:
+        try:
+            to[name] = Worker(*make)
+        except RefusedError as error:
+            say(f"{name}: left out: {error}")
+
+    def open_ours(self, rows: int, *, speculation: bool = False) -> None:
+        """Our engine in all precisions; random weights repeat themselves, which lookup would
+        profit from as no real text lets it, so speculation is off but for real text."""
+        for worker in self.ours.values():
+            worker.close()
+        self.ours = {}
+        for dtype in self.options.dtypes:
+            make = (str(self.path), dtype, self.options.device, self.options.threads, rows)
+            self._open(self.ours, f"t5-serve {dtype}", Ours, *make, speculation)
+
+    def close(self) -> None:
+        """End all engines."""
+        for worker in (*self.ours.values(), *self.peers.values()):
+            worker.close()
+
+    def single(self) -> None:
+        """256 tokens in, 64 out, alone; engines take turns."""
+        work = single(self.options.seed)
+        for decoding in (GREEDY, BEAMS):
+            times: dict[str, list[float]] = {name: [] for name in (*self.ours, *self.peers)}
+            for turn in range(self.options.repeats + 1):
+                for name, worker in (*self.ours.items(), *self.peers.items()):
+                    seconds = worker.call("alone", work, decoding)
+                    if turn:
+                        times[name].append(seconds)
+            rows = [
+                {"engine": n, "ours": n in self.ours, "median": median(t), "best": min(t)}
+                for n, t in times.items()
+            ]
+            self.result["latency"][f"one request, 256 → 64 tokens, {decoding.label}"] = rows
+            say(", ".join(f"{row['engine']} {row['median']:.3f} s" for row in rows))
+            if decoding is GREEDY:
+                self._ratio("single", "single request, greedy", rows, "median")
+
+    def offline(self, decoding: Decoding, count: int) -> None:
+        """All requests at once."""
+        works = mixed(count, self.options.seed)
+        tokens = sum(work.tokens for work in works)
+        rows: list[dict[str, Any]] = []
+        for name, worker in self.ours.items():
+            seconds = worker.call("offline", works, decoding)
+            rows.append(_speed(name, True, self.options.rows, tokens, seconds))
+            self._floor(name, worker, works, decoding)
+        best: tuple[str, int, float] | None = None
+        for name, worker in self.peers.items():
+            batch, order = self._tune(name, worker, decoding)
+            seconds = worker.call("offline", works, decoding, batch, order)
+            rows.append(_speed(name, False, batch, tokens, seconds))
+            if best is None or count / seconds > best[2]:
+                best = name, batch, count / seconds
+        self.result["counts"][decoding.label] = f"{count} requests, {tokens} tokens"
+        self.result["throughput"][decoding.label] = rows
+        if best is None:
+            return
+        self.best[decoding.label] = best
+        peer = max(row["tokens_per_s"] for row in rows if not row["ours"])
+        key = "offline greedy" if decoding is GREEDY else "offline beams"
+        for row in rows:
+            if row["ours"]:
+                label = f"offline, {decoding.label}, {row['engine']}"
+                self.result["ratios"].append((key, label, row["tokens_per_s"] / peer))
+
+    def _tune(self, name: str, worker: Worker, decoding: Decoding) -> tuple[int, str]:
+        """The peer's best batch size and order, on a part of the load."""
+        count = (
+            self.options.tune_requests if decoding is GREEDY else self.options.beam_requests // 2
+        )
+        works = mixed(count, self.options.seed + 1)
+        # Beams stop no row early, so there only sorting by output length makes sense.
+        orders = ["input", "output"] if decoding is GREEDY else ["output"]
+        best = (float("inf"), 0, "")
+        for order in orders:
+            for batch in self.options.batches:
+                if batch > max(count, 8):
+                    continue
+                seconds = worker.call("offline", works, decoding, batch, order)
+                say(f"{name}, {decoding.label}, batches of {batch} by {order}: {seconds:.1f} s")
+                best = min(best, (seconds, batch, order))
+                if seconds > 2.5 * best[0]:
+                    break
+        return best[1], best[2]
+
+    def _floor(self, name: str, worker: Worker, works: list[Work], decoding: Decoding) -> None:
+        if decoding is not GREEDY or self.options.device != "cpu":
+            return
+        dtype = name.removeprefix("t5-serve ")
+        # At 32 documents, for comparison: an engine of its own with as many slots.
+        make = (str(self.path), dtype, "cpu", self.options.threads, 32, False)
+        engine = Worker(Ours, *make)
+        engine.call("offline", works[: max(len(works) // 2, 8)], decoding)
+        step, count = engine.call("step", 32, decoding)
+        memory = engine.call("memory")
+        engine.close()
+        self.result["memory"].append(
+            {"dtype": dtype, **{f"{key}_mb": value / 1e6 for key, value in memory.items()}}
+        )
+        own = (memory["peak"] - memory["before"]) / (memory["weights"] + memory["caches"])
+        self.result["ratios"].append(("memory", f"memory, {dtype}", own))
+        if not count:
+            return
+        floor = Worker(Floor, str(self.path), dtype, self.options.threads)
+        bandwidth = floor.call("bandwidth")
+        seconds, rate = floor.call("products", 32)
+        read = floor.call("cache_bytes", 32, source_seen(works), depth_seen(works))
+        floor.close()
+        total = seconds + read / bandwidth
+        self.result["floor"].append(
+            {
+                "dtype": dtype, "documents": 32, "steps": count, "step_ms": step * 1e3,
+                "floor_ms": total * 1e3, "products_ms": seconds * 1e3, "gflops": rate / 1e9,
+                "cache_mb": read / 1e6, "bandwidth_gb_s": bandwidth / 1e9,
+            }
+        )  # fmt: skip
+        self.result["ratios"].append(("step", f"decode step over floor, {dtype}", step / total))
+
+    def poisson(self) -> None:
+        """Requests that arrive by themselves, greedy, at shares of the best peer's throughput."""
+        if GREEDY.label not in self.best:
+            return
+        name, batch, rate = self.best[GREEDY.label]
+        works = mixed(self.options.poisson_requests, self.options.seed + 2)
+        for load in _LOADS:
+            times = arrivals(len(works), rate * load / 100, self.options.seed)
+            rows = []
+            for engine, worker in self.ours.items():
+                rows.append(_latency(engine, True, worker.call("poisson", works, times, GREEDY)))
+                say(f"{load} %: {rows[-1]}")
+            peer = self.peers[name].call("poisson", works, times, GREEDY, batch)
+            rows.append(_latency(name, False, peer))
+            say(f"{load} %: {rows[-1]}")
+            label = f"{load} % of the best peer's {rate:.1f} requests/s"
+            self.result["latency"][label] = self.result["poisson"][f"{load} %"] = rows
+            if load == _LOADS[-1]:
+                self._ratio("p95 at 80 %", f"p95 at {load} %", rows, "p95")
+
+    def copying(self) -> None:
+        """The demo model, which copies spans, on real text; one request after the other."""
+        inputs = documents(24)
+        rows = []
+        for speculation in (False, True):
+            self.open_ours(8, speculation=speculation)
+            for name, worker in self.ours.items():
+                worker.call("free", inputs[:4], _MOST)
+                seconds, tokens, steps = worker.call("free", inputs, _MOST)
+                label = f"{name}, {'with' if speculation else 'without'} lookup"
+                say(f"{label}: {sum(tokens)} tokens in {steps} steps, {sum(seconds):.2f} s")
+                rows.append(
+                    {"engine": label, "ours": speculation, "mean": sum(seconds) / len(seconds)}
+                )
+        for name, worker in self.peers.items():
+            worker.call("free", inputs[:4], _MOST)
+            seconds = worker.call("free", inputs, _MOST)
+            rows.append({"engine": name, "ours": None, "mean": sum(seconds) / len(seconds)})
+        self.result["latency"]["one text alone, greedy"] = rows
+        peer = min(row["mean"] for row in rows if row["ours"] is None)
+        for row in rows:
+            if row["ours"]:
+                self.result["ratios"].append(("copy", row["engine"], row["mean"] / peer))
+
+    def _ratio(self, key: str, label: str, rows: list[dict[str, Any]], figure: str) -> None:
+        peers = [row[figure] for row in rows if not row["ours"]]
+        for row in rows:
+            if row["ours"] and peers:
+                ratio = row[figure] / min(peers)
+                self.result["ratios"].append((key, f"{label}, {row['engine']}", ratio))
+
+
+def _speed(name: str, ours: bool, batch: int, tokens: int, seconds: float) -> dict[str, Any]:
+    say(f"{name}: {tokens / seconds:.0f} tokens/s")
+    return {"engine": name, "ours": ours, "batch": batch, "tokens_per_s": tokens / seconds}
+
+
+def _latency(name: str, ours: bool, seconds: list[float]) -> dict[str, Any]:
+    shares = {f"p{p}": percentile(seconds, p) for p in (50, 95, 99)}
+    return {"engine": name, "ours": ours, **shares}
+
+
+def main() -> int:
+    """Run, print the table, save JSON and picture."""
+    options = arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = models.build(options.model, Path(scratch), options.seed)
+        converted = models.convert(path, Path(scratch)) if best_types() else None
+        bench = Bench(options, path, converted)
+        try:
+            if options.model == "demo":
+                bench.copying()
+            else:
+                bench.open_ours(options.rows)
+                bench.single()
+                bench.offline(GREEDY, options.requests)
+                bench.poisson()
+                bench.open_ours(options.rows * BEAMS.beams // 2)
+                bench.offline(BEAMS, options.beam_requests)
+        finally:
+            bench.close()
+    print(report.table(bench.result))
+    say(f"saved to {report.save(options.model, bench.result).name}")
+    if options.plot:
+        report.plot(bench.result, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
