@@ -75,8 +75,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append("")
     for row in result["floor"]:
         lines.append(
-            f"- step of {row['documents']} documents, {row['dtype']}: {row['step_ms']:.1f} ms; floor "
-            f"{row['floor_ms']:.1f} ms = products {row['products_ms']:.1f} "
+            f"- step of {row['documents']} documents, {row['dtype']}: {row['step_ms']:.1f} ms; "
+            f"floor {row['floor_ms']:.1f} ms = products {row['products_ms']:.1f} "
             f"({row['gflops']:.0f} GFLOP/s) + caches {row['cache_mb']:.0f} MB at "
             f"{row['bandwidth_gb_s']:.0f} GB/s"
         )
