@@ -20,13 +20,13 @@ At most 47 characters: KubeRay appends 6 to name the cluster, whose name may hav
 {{- end -}}
 
 {{- define "t5.selectorLabels" -}}
-app.kubernetes.io/part-of: {{ include "t5.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/part-of: {{ include "t5.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "t5.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
-app.kubernetes.io/name: {{ include "t5.name" . }}
+app.kubernetes.io/name: {{ include "t5.name" . | quote }}
 {{ include "t5.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
@@ -227,8 +227,8 @@ seccompProfile:
 - name: HF_TOKEN
   valueFrom:
     secretKeyRef:
-      name: {{ .name }}
-      key: {{ .key }}
+      name: {{ .name | quote }}
+      key: {{ .key | quote }}
 {{- end }}
 {{- end }}
 {{- else }}
@@ -247,7 +247,7 @@ seccompProfile:
 {{- with .root.Values.model }}
 {{- if eq .source "pvc" }}
 - name: model
-  mountPath: {{ .pvc.mountPath }}
+  mountPath: {{ .pvc.mountPath | quote }}
   readOnly: true
 {{- else if eq .source "hub" }}
 - name: hub-cache
@@ -268,28 +268,28 @@ seccompProfile:
 {{- define "t5.workerVolumes" -}}
 - name: tmp
   emptyDir:
-    sizeLimit: {{ .root.Values.tmpSizeLimit }}
+    sizeLimit: {{ .root.Values.tmpSizeLimit | quote }}
 {{- with .root.Values.model }}
 {{- if eq .source "pvc" }}
 - name: model
   persistentVolumeClaim:
-    claimName: {{ .pvc.claimName }}
+    claimName: {{ .pvc.claimName | quote }}
     readOnly: true
 {{- else if eq .source "hub" }}
 - name: hub-cache
   {{- if .hub.cache.claimName }}
   persistentVolumeClaim:
-    claimName: {{ .hub.cache.claimName }}
+    claimName: {{ .hub.cache.claimName | quote }}
   {{- else }}
   emptyDir:
-    sizeLimit: {{ .hub.cache.sizeLimit }}
+    sizeLimit: {{ .hub.cache.sizeLimit | quote }}
   {{- end }}
 {{- end }}
 {{- end }}
 {{- if and (eq .component "api") (eq (include "t5.authMode" .root) "token") }}
 - name: tokens
   secret:
-    secretName: {{ include "t5.tokensSecret" .root }}
+    secretName: {{ include "t5.tokensSecret" .root | quote }}
     # Without it nobody gets in, but the pods start.
     optional: true
 {{- end }}
@@ -322,16 +322,16 @@ places the replicas of a deployment in this group and nowhere else.
         {{- toYaml . | nindent 8 }}
       {{- end }}
     spec:
-      serviceAccountName: {{ include "t5.serviceAccountName" $root }}
+      serviceAccountName: {{ include "t5.serviceAccountName" $root | quote }}
       automountServiceAccountToken: false
       {{- with $root.Values.image.pullSecrets }}
       imagePullSecrets:
         {{- range . }}
-        - name: {{ . }}
+        - name: {{ . | quote }}
         {{- end }}
       {{- end }}
       {{- with include "t5.priorityClassName" (dict "root" $root "name" $workers.priorityClassName) }}
-      priorityClassName: {{ . }}
+      priorityClassName: {{ . | quote }}
       {{- end }}
       securityContext:
         {{- include "t5.podSecurityContext" $root | nindent 8 }}
@@ -353,7 +353,7 @@ places the replicas of a deployment in this group and nowhere else.
       topologySpreadConstraints:
         {{- range . }}
         - maxSkew: 1
-          topologyKey: {{ . }}
+          topologyKey: {{ . | quote }}
           whenUnsatisfiable: ScheduleAnyway
           labelSelector:
             matchLabels:
@@ -362,7 +362,7 @@ places the replicas of a deployment in this group and nowhere else.
       {{- end }}
       containers:
         - name: ray-worker
-          image: {{ include "t5.image" $root }}
+          image: {{ include "t5.image" $root | quote }}
           imagePullPolicy: {{ $root.Values.image.pullPolicy }}
           ports:
             - name: serve

@@ -37,8 +37,8 @@ applications:
       limits:
         {{- include "t5.settings" .Values.limits | nindent 8 }}
       auth:
-        mode: {{ include "t5.authMode" . }}
-        header: {{ .Values.auth.header }}
+        mode: {{ include "t5.authMode" . | quote }}
+        header: {{ .Values.auth.header | quote }}
         {{- if eq (include "t5.authMode" .) "token" }}
         tokens_file: /etc/t5-serve/tokens.json
         {{- end }}
