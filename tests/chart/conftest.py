@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,8 @@ def refuse(helm: Helm) -> Callable[..., str]:
 
 
 @pytest.fixture(params=CI_VALUES, ids=lambda path: path.stem.removesuffix("-values"))
-def ci_release(request: pytest.FixtureRequest, helm: Helm) -> Iterator[Rendered]:
-    yield helm.render(None, request.param)
+def ci_release(request: pytest.FixtureRequest, helm: Helm) -> Rendered:
+    return helm.render(None, request.param)
 
 
 INGRESS: Object = {"ingress": {"enabled": True, "host": "summarize.example.com"}}

@@ -248,7 +248,10 @@ def test_worker_groups_begin_with_the_pods_their_replicas_need(render: Render) -
 
 def test_without_the_autoscaler_all_pods_are_there_from_the_start(render: Render) -> None:
     release = render(
-        {"autoscaler": {"enabled": False}, "summarizer": {"autoscaling_config": {"max_replicas": 6}}}
+        {
+            "autoscaler": {"enabled": False},
+            "summarizer": {"autoscaling_config": {"max_replicas": 6}},
+        }
     )
     group = release.group("summarizer")
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (6, 6, 6)
@@ -334,9 +337,7 @@ def test_budgets_are_numbers_and_leave_a_drain_possible(render: Render) -> None:
             "summarizer": {"autoscaling_config": {"min_replicas": 2, "max_replicas": 4}},
         }
     )
-    budgets = {
-        one["metadata"]["name"]: one["spec"] for one in release.all("PodDisruptionBudget")
-    }
+    budgets = {one["metadata"]["name"]: one["spec"] for one in release.all("PodDisruptionBudget")}
     # A RayCluster has no scale subresource, so maxUnavailable would not work.
     assert {name: spec["minAvailable"] for name, spec in budgets.items()} == {
         "t5-t5-summarizer-api": 2,
@@ -388,9 +389,7 @@ def test_without_an_ingress_everybody_reaches_the_port_and_nothing_else(render: 
 def test_what_may_go_out_follows_from_the_values(render: Render) -> None:
     def ports(values: Object) -> set[int]:
         policy = render(values).one("NetworkPolicy", "t5-t5-summarizer")
-        return {
-            one["port"] for rule in policy["spec"]["egress"] for one in rule.get("ports", [])
-        }
+        return {one["port"] for rule in policy["spec"]["egress"] for one in rule.get("ports", [])}
 
     assert ports({}) == {53}
     assert ports({"gcsFaultTolerance": {"enabled": True, "redisAddress": "r:6380"}}) == {53, 6380}

@@ -1,4 +1,4 @@
-"""What the values make of Serve's configuration: accepted by the service and by Serve, and whole."""
+"""What values make of Serve's configuration: accepted by the service and by Serve, and whole."""
 
 from __future__ import annotations
 
@@ -190,7 +190,9 @@ def test_serve_knows_every_key(ci_release: Rendered) -> None:
             ]
         return []
 
-    taken = ServeDeploySchema.model_validate(ci_release.serve).model_dump(mode="json")
+    taken = ServeDeploySchema.model_validate(ci_release.serve).model_dump(
+        mode="json", exclude_unset=True, warnings=False
+    )
     # Application arguments are the service's, and autoscaling_config is any mapping to the schema.
     assert unknown(ci_release.serve, taken, "serve") == []
 
