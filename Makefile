@@ -14,6 +14,7 @@ KUBERNETES_VERSION := v1.34.4
 PROMETHEUS_OPERATOR_VERSION := v0.92.1
 CHART := helm/t5-summarizer
 IMAGE ?= t5-serve
+BUILDER ?= docker
 BASE_IMAGE ?=
 ARGS ?=
 
@@ -61,8 +62,8 @@ lock: $(VENV)/.installed ## the lock files from pyproject.toml
 image: COMMIT = $(shell git rev-parse --short=12 HEAD)$(shell git diff --quiet HEAD || echo -dirty)
 image: VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' serve_app/__init__.py)
 image: EPOCH = $(shell git log -1 --format=%ct)
-image: ## the container image, tagged with version and commit (BASE_IMAGE: another Debian with Python)
-	SOURCE_DATE_EPOCH=$(EPOCH) docker build --tag $(IMAGE):$(VERSION)-$(COMMIT) \
+image: ## the container image, tagged with version and commit (BUILDER: buildah, podman)
+	SOURCE_DATE_EPOCH=$(EPOCH) $(BUILDER) build --tag $(IMAGE):$(VERSION)-$(COMMIT) \
 		$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(COMMIT) \
 		--build-arg CREATED=$$(date --utc --date=@$(EPOCH) +%Y-%m-%dT%H:%M:%SZ) $(ARGS) .
@@ -80,11 +81,11 @@ chart-tools: ## helm, helm-docs and schemas for the tests of the chart (needs go
 	else echo "no go here: without helm the tests of the chart are skipped"; fi
 
 .tools/helm-v%:
-	GOBIN=$(CURDIR)/.tools/bin CGO_ENABLED=0 go install helm.sh/helm/v4/cmd/helm@v$*
+	GOBIN=$(CURDIR)/.tools/bin go install helm.sh/helm/v4/cmd/helm@v$*
 	@touch $@
 
 .tools/helm-docs-v%:
-	GOBIN=$(CURDIR)/.tools/bin CGO_ENABLED=0 go install github.com/norwoodj/helm-docs/cmd/helm-docs@v$*
+	GOBIN=$(CURDIR)/.tools/bin go install github.com/norwoodj/helm-docs/cmd/helm-docs@v$*
 	@touch $@
 
 module = $$(go mod download -json $(1) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')

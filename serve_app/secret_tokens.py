@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -182,8 +183,13 @@ class SecretTokens:
         # Imported here: the package takes a second, and files need none of it.
         from kubernetes import client, config
 
+        # Not `load_config`, which chooses between the two and says so on stdout, beside the token.
+        in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ
         try:
-            config.load_config(context=self.context)
+            if in_pod and self.context is None:
+                config.load_incluster_config()
+            else:
+                config.load_kube_config(context=self.context)
         except config.ConfigException as error:
             raise TokenFileError(f"no access to a cluster: {error}") from None
         return client.CoreV1Api()

@@ -43,6 +43,7 @@ def containers(release: Rendered) -> list[tuple[str, Object, Object]]:
             spec = one["spec"]
             spec = spec["jobTemplate"]["spec"] if kind == "CronJob" else spec
             pods.append((one["metadata"]["name"], spec["template"]["spec"]))
+    pods += [(one["metadata"]["name"], one["spec"]) for one in release.all("Pod")]
     return [
         (f"{name}/{container['name']}", pod, container)
         for name, pod in pods
@@ -408,6 +409,7 @@ def test_pods_spread_as_well_as_may_be(render: Render) -> None:
 def test_pods_of_all_kinds_take_the_priority_class(render: Render) -> None:
     release = render({"priorityClass": {"create": True}, "head": {"priorityClassName": "mine"}})
     made = release.one("PriorityClass")["metadata"]["name"]
+    assert made == "prod-t5-t5-summarizer"  # the whole cluster's: with the namespace
     assert release.pod("api")["priorityClassName"] == made
     assert release.pod("summarizer")["priorityClassName"] == made
     assert release.pod("head")["priorityClassName"] == "mine"
@@ -433,6 +435,19 @@ def test_pod_monitors_select_the_pods_by_their_named_ports(render: Render) -> No
         ports = {one["name"] for one in container["ports"]}
         assert {one["port"] for one in monitor["spec"]["podMetricsEndpoints"]} <= ports
         assert monitor["metadata"]["labels"]["release"] == "p"
+
+
+def test_helm_test_asks_the_service_whether_an_engine_works(render: Render) -> None:
+    release = render()
+    pod = release.one("Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    [container] = pod["spec"]["containers"]
+    assert container["command"][0] == "wget"
+    assert container["command"][-1] == "http://t5-t5-summarizer-serve-svc:8000/readyz"
+    # The NetworkPolicy lets in the release's own pods.
+    policy = release.one("NetworkPolicy", "t5-t5-summarizer")
+    selector = policy["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+    assert selector.items() <= pod["metadata"]["labels"].items()
 
 
 def test_a_load_balancer_is_made_as_asked(render: Render) -> None:

@@ -298,3 +298,32 @@ def test_only_a_hub_model_may_be_fetched(render: Render) -> None:
     )
     assert "HF_HUB_OFFLINE" not in hub
     assert hub["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
+
+
+def test_the_autoscaler_sees_pods_that_hold_their_replicas_and_no_others(
+    ci_release: Rendered,
+) -> None:
+    # Ray's own reading of the worker groups: what it will add for a replica that finds no place.
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _generate_available_node_types_from_ray_cr_spec,
+    )
+
+    kinds = _generate_available_node_types_from_ray_cr_spec(ci_release.cluster)
+    offered = {name: kind["resources"] for name, kind in kinds.items()}
+
+    def wanted(deployment: str) -> dict[str, float]:
+        options = ci_release.deployment(deployment)["ray_actor_options"]
+        return {
+            "CPU": options["num_cpus"],
+            "GPU": options.get("num_gpus", 0),
+            **options["resources"],
+        }
+
+    def holds(group: str, deployment: str) -> bool:
+        return all(
+            offered[group].get(name, 0) >= amount for name, amount in wanted(deployment).items()
+        )
+
+    assert offered["headgroup"]["CPU"] == 0
+    assert [name for name in offered if holds(name, "Api")] == ["api"]
+    assert [name for name in offered if holds(name, "Summarizer")] == ["summarizer"]

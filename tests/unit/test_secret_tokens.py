@@ -6,6 +6,9 @@ import base64
 import copy
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -113,7 +116,6 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
     path.write_text(yaml.safe_dump(kubeconfig))
     # The client reads the variable when it is imported; a later change must reach it all the same.
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
-    monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", str(path), raising=False)
     yield state
     server.shutdown()
     thread.join()
@@ -247,6 +249,25 @@ def test_the_command_line_takes_a_secret(cluster: Cluster) -> None:
     assert [row["client"] for row in rows] == ["shop", "shop"]
     assert tokens("prune") == "removed 0 expired tokens\n"
     assert tokens("revoke", "shop") == "revoked 2 tokens\n"
+
+
+def test_without_a_cluster_there_is_one_line_and_no_token(tmp_path: Path) -> None:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "HOME": str(tmp_path),
+    }
+    arguments = ["tokens", "create", "shop", "--secret", "prod/keys"]
+    done = subprocess.run(
+        [sys.executable, "-m", "serve_app.cli.main", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("t5-serve: no access to a cluster: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,17 @@ app.kubernetes.io/component: {{ .component }}
 {{- .Values.tokens.existingSecret | default (printf "%s-%s" (include "t5.fullname" .) (ternary "api-keys" "tokens" .Values.ingress.enabled)) -}}
 {{- end -}}
 
+{{/* With the namespace: a PriorityClass belongs to the whole cluster. */}}
+{{- define "t5.ownPriorityClass" -}}
+{{- printf "%s-%s" .Release.Namespace (include "t5.fullname" .) -}}
+{{- end -}}
+
 {{- define "t5.priorityClassName" -}}
-{{- if .name -}}{{ .name }}{{- else if .root.Values.priorityClass.create -}}{{ include "t5.fullname" .root }}{{- end -}}
+{{- if .name -}}
+{{- .name -}}
+{{- else if .root.Values.priorityClass.create -}}
+{{- include "t5.ownPriorityClass" .root -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Milli-CPUs of a quantity such as 500m, 2 or 1.5. */}}
