@@ -211,7 +211,7 @@ def edge(render: Callable[..., Rendered], tmp_path: Path) -> Iterator[Edge]:
         "limits": {"body_bytes": BODY_LIMIT},
     }
     service = ThreadingHTTPServer(("127.0.0.1", 0), Service)
-    thread = threading.Thread(target=service.serve_forever)
+    thread = threading.Thread(target=service.serve_forever, daemon=True)
     thread.start()
     port = free_port()
     (tmp_path / "apikey_auth.js").write_text(NJS)
