@@ -8,6 +8,7 @@ takes its requests with it: Kubernetes knows of the pod, not of the replicas ins
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 
@@ -17,30 +18,54 @@ import psutil
 # How Ray titles the processes that hold requests: replicas, and Serve's own proxy or HAProxy's.
 _HOLDERS = ("ray::ServeReplica", "ray::ProxyActor", "ray::HAProxyManager")
 _POLL_S = 0.5
+# With the head gone nothing moves replicas any more: the whole cluster is being deleted, or it comes
+# back later than a pod that has to go can wait.
+_HEAD_GONE_S = 30.0
 
 
 @click.command()
 @click.option("--timeout-s", type=click.IntRange(min=1), required=True, help="Wait at most this.")
 def main(timeout_s: int) -> None:
     """Drain this node and wait until nothing on it holds requests any more."""
-    deadline = time.monotonic() + timeout_s
+    address, deadline = os.environ["RAY_ADDRESS"], time.monotonic() + timeout_s
     try:
-        _drain(timeout_s)
+        _drain(address, timeout_s)
     except Exception as error:  # a cluster without a head cannot take the replicas: then stop now
         sys.exit(f"drain: {error}")
-    left = wait_until_idle(deadline)
+    left = wait_until_idle(address, deadline)
     if left:
-        sys.exit(f"drain: after {timeout_s} s still there: {', '.join(left)}")
+        sys.exit(f"drain: still there: {', '.join(left)}")
 
 
-def wait_until_idle(deadline: float) -> list[str]:
-    """Wait until no process holds requests or `deadline` has come. Gives the titles left."""
-    while (left := _holders()) and time.monotonic() < deadline:
+def wait_until_idle(address: str, deadline: float, head_gone_s: float = _HEAD_GONE_S) -> list[str]:
+    """Wait until no process here holds requests. Gives the titles of those left.
+
+    Args:
+        address: host and port of the head.
+        deadline: monotonic time at which to stop waiting.
+        head_gone_s: stop, too, when the head has not answered for this long.
+    """
+    head_seen = time.monotonic()
+    while left := _holders():
+        now = time.monotonic()
+        if _answers(address):
+            head_seen = now
+        if now >= deadline or now - head_seen >= head_gone_s:
+            break
         time.sleep(_POLL_S)
     return left
 
 
-def _drain(timeout_s: int) -> None:
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _drain(address: str, timeout_s: int) -> None:
     # Ray has a command for it, `ray drain-node`, but hidden and unable to find its own node.
     from ray._private.services import find_node_ids
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
@@ -49,7 +74,7 @@ def _drain(timeout_s: int) -> None:
     nodes = find_node_ids()
     if len(nodes) != 1:
         raise RuntimeError(f"must find one raylet in this pod, found {len(nodes)}")
-    accepted, reason = GcsClient(address=os.environ["RAY_ADDRESS"]).drain_node(
+    accepted, reason = GcsClient(address=address).drain_node(
         nodes.pop(),
         DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
         "the pod is being stopped",

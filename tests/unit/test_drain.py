@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -24,13 +25,29 @@ def replica() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def test_it_returns_once_the_replicas_are_gone(replica: subprocess.Popen[bytes]) -> None:
+@pytest.fixture
+def head() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_it_returns_once_the_replicas_are_gone(replica: subprocess.Popen[bytes], head: str) -> None:
     stopper = subprocess.Popen(["bash", "-c", f"sleep 1; kill {replica.pid}"])
     began = time.monotonic()
-    assert wait_until_idle(time.monotonic() + 30) == []
+    assert wait_until_idle(head, time.monotonic() + 30) == []
     assert 0.5 < time.monotonic() - began < 20
     stopper.wait()
 
 
-def test_it_names_what_is_left_at_the_deadline(replica: subprocess.Popen[bytes]) -> None:
-    assert wait_until_idle(time.monotonic() + 0.2) == ["ray::ServeReplica:t5-serve:Summarizer 60"]
+def test_it_names_what_is_left_at_the_deadline(replica: subprocess.Popen[bytes], head: str) -> None:
+    assert wait_until_idle(head, time.monotonic() + 0.2) == [
+        "ray::ServeReplica:t5-serve:Summarizer 60"
+    ]
+
+
+def test_it_does_not_wait_for_a_head_that_is_gone(replica: subprocess.Popen[bytes]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+    began = time.monotonic()
+    assert wait_until_idle(address, began + 60, head_gone_s=1)
+    assert 1 <= time.monotonic() - began < 20
