@@ -18,8 +18,8 @@ import psutil
 # How Ray titles the processes that hold requests: replicas, and Serve's own proxy or HAProxy's.
 _HOLDERS = ("ray::ServeReplica", "ray::ProxyActor", "ray::HAProxyManager")
 _POLL_S = 0.5
-# With the head gone nothing moves replicas any more: the whole cluster is being deleted, or it comes
-# back later than a pod that has to go can wait.
+# With the head gone nothing moves replicas any more: the whole cluster is being deleted, or a new
+# head comes later than a pod that has to go can wait for.
 _HEAD_GONE_S = 30.0
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +17,8 @@ from serve_app.drain import wait_until_idle
 def replica() -> Iterator[subprocess.Popen[bytes]]:
     title = "ray::ServeReplica:t5-serve:Summarizer"
     process = subprocess.Popen(["bash", "-c", f"exec -a {title} sleep 60"])
-    for _ in range(100):
-        if title in subprocess.check_output(["ps", "-o", "args=", "-p", str(process.pid)]).decode():
-            break
+    command = Path(f"/proc/{process.pid}/cmdline")
+    while not command.read_bytes().startswith(title.encode()):  # until bash has become it
         time.sleep(0.05)
     yield process
     process.kill()
@@ -34,8 +34,8 @@ def head() -> Iterator[str]:
 def test_it_returns_once_the_replicas_are_gone(replica: subprocess.Popen[bytes], head: str) -> None:
     stopper = subprocess.Popen(["bash", "-c", f"sleep 1; kill {replica.pid}"])
     began = time.monotonic()
-    assert wait_until_idle(head, time.monotonic() + 30) == []
-    assert 0.5 < time.monotonic() - began < 20
+    assert wait_until_idle(head, began + 60) == []
+    assert 0.5 < time.monotonic() - began < 60
     stopper.wait()
 
 
@@ -49,5 +49,16 @@ def test_it_does_not_wait_for_a_head_that_is_gone(replica: subprocess.Popen[byte
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
     began = time.monotonic()
-    assert wait_until_idle(address, began + 60, head_gone_s=1)
-    assert 1 <= time.monotonic() - began < 20
+    assert wait_until_idle(address, began + 120, head_gone_s=1)
+    assert 1 <= time.monotonic() - began < 60
+
+
+def test_ray_has_what_draining_takes() -> None:
+    # None of it is public: a new Ray may have moved it.
+    from ray._private.services import find_node_ids
+    from ray._raylet import InnerGcsClient  # what GcsClient passes calls on to
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    assert callable(find_node_ids)
+    assert callable(InnerGcsClient.drain_node)
+    assert DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION == 2
