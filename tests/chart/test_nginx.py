@@ -29,7 +29,7 @@ from tests.chart.conftest import INGRESS, Object, Rendered, missing
 
 BODY_LIMIT = 4096
 KEYS = {"shop.0123abcd": "t5s_first", "shop.89ef4567": "t5s_second", "job.11111111": "t5s_job"}
-RATE = {"rate": "60r/m", "burst": 3}
+RATE = {"rate": "6r/m", "burst": 3}
 
 # The controller's check: SHA-256 of the header, looked up in a map of names.
 NJS = """
@@ -306,11 +306,10 @@ def test_a_body_above_the_limit_is_refused_with_its_limit(edge: Edge) -> None:
 
 def test_each_client_has_its_own_rate(edge: Edge) -> None:
     answers = [edge.post("/v1/summarize", "t5s_first") for _ in range(6)]
-    statuses = [one.status_code for one in answers]
-    assert statuses[:4] == [200] * 4  # one, and a burst of three
-    limited = next(one for one in answers if one.status_code == 429)
-    problem(limited, 429, "rate-limited")
-    assert int(limited.headers["retry-after"]) >= 1
+    # One, and a burst of three; the next may come ten seconds later.
+    assert [one.status_code for one in answers] == [200] * 4 + [429] * 2
+    problem(answers[-1], 429, "rate-limited")
+    assert answers[-1].headers["retry-after"] == "10"
     assert edge.post("/v1/summarize", "t5s_job").status_code == 200
     # Those without a key share a bucket, which is not that of any client.
     assert edge.post("/v1/summarize").status_code == 401
