@@ -395,10 +395,3 @@ places the replicas of a deployment in this group and nowhere else.
       volumes:
         {{- include "t5.workerVolumes" . | nindent 8 }}
 {{- end -}}
-
-{{/* Stands for "everywhere" in a list of NetworkPolicy peers that may be empty. */}}
-{{- define "t5.peers" -}}
-{{- if . -}}
-{{- toYaml (list .) -}}
-{{- end -}}
-{{- end -}}
