@@ -79,6 +79,37 @@ def create(path: Path, client: str, expires_in: timedelta | None) -> tuple[Token
         return _add(target, client, expires_in)
 
 
+def rotate(
+    path: Path, client: str, overlap: timedelta, expires_in: timedelta | None
+) -> tuple[TokenRecord, str]:
+    """Add a token for `client` and let its others expire once `overlap` has passed.
+
+    Raises:
+        TokenFileError: as `create`.
+    """
+    with _locked(path) as target:
+        records = list_records(target)
+        record, token = issue(records, client, expires_in)
+        _write(target, [*retired(records, client, overlap), record])
+        return record, token
+
+
+def prune(path: Path) -> int:
+    """Remove what has expired. Gives how many there were.
+
+    Raises:
+        TokenFileError: the file cannot be read or written.
+    """
+    if not list_records(path):
+        return 0
+    with _locked(path) as target:
+        records = list_records(target)
+        kept = unexpired(records)
+        if len(kept) < len(records):
+            _write(target, kept)
+        return len(records) - len(kept)
+
+
 def list_records(path: Path) -> list[TokenRecord]:
     """All records, expired ones too; a file that does not exist has none.
 
@@ -86,7 +117,7 @@ def list_records(path: Path) -> list[TokenRecord]:
         TokenFileError: the file cannot be read.
     """
     try:
-        return _parse(path, path.read_bytes())
+        return parse(str(path), path.read_bytes())
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -103,7 +134,7 @@ def revoke(path: Path, client_or_id: str) -> int:
         return 0
     with _locked(path) as target:
         records = list_records(target)
-        kept = [record for record in records if client_or_id not in (record.id, record.client)]
+        kept = without(records, client_or_id)
         if len(kept) < len(records):
             _write(target, kept)
         return len(records) - len(kept)
@@ -170,7 +201,7 @@ class TokenStore:
             return
         self._seen = seen
         try:
-            self._records = _parse(self._path, content)
+            self._records = parse(str(self._path), content)
             self._complaint = None
         except TokenFileError as error:
             # A slip in an edit must not lock everybody out: the last good set stays in force.
@@ -202,9 +233,22 @@ def _find(records: list[TokenRecord], token: str) -> TokenRecord | None:
 
 
 def _add(target: Path, client: str, expires_in: timedelta | None) -> tuple[TokenRecord, str]:
+    records = list_records(target)
+    record, token = issue(records, client, expires_in)
+    _write(target, [*records, record])
+    return record, token
+
+
+def issue(
+    records: list[TokenRecord], client: str, expires_in: timedelta | None
+) -> tuple[TokenRecord, str]:
+    """Make a token for `client` beside those of `records`. Gives its record and the token.
+
+    Raises:
+        TokenFileError: a bad name or lifetime.
+    """
     if re.fullmatch(_CLIENT, client) is None:
         raise TokenFileError(f"client name {client[:100]!r}: must be 1 to 64 of A-Z a-z 0-9 - . _")
-    records = list_records(target)
     # `revoke` takes either, so an id must not read as somebody's name, nor a name as an id.
     if any(client == record.id for record in records):
         raise TokenFileError(f"client name {client!r}: is the id of a token")
@@ -212,17 +256,39 @@ def _add(target: Path, client: str, expires_in: timedelta | None) -> tuple[Token
     token_id = secrets.token_hex(4)
     while token_id in taken:
         token_id = secrets.token_hex(4)
-    now = datetime.now(UTC).replace(microsecond=0)
     token = TOKEN_PREFIX + secrets.token_urlsafe(32)
     record = TokenRecord(
         id=token_id,
         client=client,
         sha256=_hash(token),
-        created=now,
+        created=datetime.now(UTC).replace(microsecond=0),
         expires=None if expires_in is None else _expiry(expires_in),
     )
-    _write(target, [*records, record])
     return record, token
+
+
+def without(records: list[TokenRecord], client_or_id: str) -> list[TokenRecord]:
+    """The records of other clients and with other ids."""
+    return [record for record in records if client_or_id not in (record.id, record.client)]
+
+
+def unexpired(records: list[TokenRecord]) -> list[TokenRecord]:
+    """The records that have not expired."""
+    now = datetime.now(UTC)
+    return [record for record in records if record.live(now)]
+
+
+def retired(records: list[TokenRecord], client: str, overlap: timedelta) -> list[TokenRecord]:
+    """The records with those of `client` expiring after `overlap`, if they did not before."""
+    if overlap <= timedelta(0):
+        return without(records, client)
+    last = _expiry(overlap).replace(microsecond=0)
+    return [
+        record
+        if record.client != client or (record.expires is not None and record.expires <= last)
+        else record.model_copy(update={"expires": last})
+        for record in records
+    ]
 
 
 def _expiry(lifetime: timedelta) -> datetime:
@@ -234,13 +300,23 @@ def _expiry(lifetime: timedelta) -> datetime:
         raise TokenFileError("expires: beyond the year 9999; leave it out for never") from None
 
 
-def _parse(path: Path, content: bytes) -> list[TokenRecord]:
+def parse(where: str, content: str | bytes) -> list[TokenRecord]:
+    """Read the records of a tokens file.
+
+    Raises:
+        TokenFileError: it is not one; the message begins with `where`.
+    """
     try:
         return _Content.model_validate_json(content).tokens
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise TokenFileError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
+        path = ".".join(map(str, first["loc"]))
+        raise TokenFileError(f"{where}: {path + ': ' if path else ''}{first['msg']}") from None
+
+
+def dump(records: list[TokenRecord]) -> str:
+    """Write the content of a tokens file."""
+    return _Content(version=1, tokens=records).model_dump_json(indent=2) + "\n"
 
 
 @contextmanager
@@ -261,7 +337,7 @@ def _locked(path: Path) -> Iterator[Path]:
 
 
 def _write(target: Path, records: list[TokenRecord]) -> None:
-    _replace(target, _Content(version=1, tokens=records).model_dump_json(indent=2) + "\n")
+    _replace(target, dump(records))
 
 
 def _replace(target: Path, text: str) -> None:

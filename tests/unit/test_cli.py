@@ -519,6 +519,8 @@ COMMANDS = [
     ["summarize"],
     ["tokens"],
     ["tokens", "create"],
+    ["tokens", "rotate"],
+    ["tokens", "prune"],
     ["tokens", "list"],
     ["tokens", "revoke"],
 ]

@@ -1,0 +1,347 @@
+"""The VirtualServer's directives in a real NGINX, asked by a real client.
+
+The ingress controller itself cannot be had here. What it generates of a VirtualServer with an
+apiKey and a rateLimit policy on a route is written down in `configuration` (its template
+`nginx.virtualserver.tmpl`, version 5.5); the snippets come from the chart, as rendered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.chart.conftest import INGRESS, Object, Rendered, missing
+
+BODY_LIMIT = 4096
+KEYS = {"shop.0123abcd": "t5s_first", "shop.89ef4567": "t5s_second", "job.11111111": "t5s_job"}
+RATE = {"rate": "6r/m", "burst": 3}
+
+# The controller's check: SHA-256 of the header, looked up in a map of names.
+NJS = """
+import crypto from 'crypto';
+function hash(r) {
+    return crypto.createHash('sha256').update(r.variables.header_query_value).digest('hex');
+}
+function validate(r) {
+    if (!r.variables.header_query_value) { r.return(401); return; }
+    r.return(r.variables[r.variables.apikey_auth_local_map] ? 204 : 403);
+}
+export default { hash, validate };
+"""
+
+
+class Service(BaseHTTPRequestHandler):
+    """Stands for the service: says what reached it."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/stream":
+            self._stream()
+            return
+        status = int(self.path.rpartition("/own/")[2]) if "/own/" in self.path else 200
+        data = json.dumps(
+            {"from": "service", "headers": [list(one) for one in self.headers.items()]}
+        ).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        # As Serve's proxy does.
+        self.send_header("X-Request-Id", self.headers.get("X-Request-Id", "none"))
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for number in range(3):
+            event = f"data: {number}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+            time.sleep(0.4)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def indented(text: str) -> str:
+    return "\n".join(f"        {line}" for line in text.splitlines())
+
+
+def location(route: Object, policies: dict[str, Object]) -> str:
+    path = route["path"].replace("=/", "= /") if route["path"].startswith("=") else route["path"]
+    action = route["action"]
+    if "return" in action:
+        made = action["return"]
+        return (
+            f"    location {path} {{\n        default_type {made['type']};\n"
+            f'        return {made["code"]} "{made["body"]}";\n    }}\n'
+        )
+    lines = [indented(route["location-snippets"])]
+    for policy in route.get("policies", []):
+        spec = policies[policy["name"]]
+        if "rateLimit" in spec:
+            limit = spec["rateLimit"]
+            zone = policy["name"].replace("-", "_")
+            lines.append(
+                f"        limit_req_status {limit['rejectCode']};\n"
+                f"        limit_req zone={zone} burst={limit['burst']} nodelay;"
+            )
+        if "apiKey" in spec:
+            lines.append(
+                '        set $apikey_auth_local_map "apikeys";\n'
+                "        set $header_query_value $http_authorization;\n"
+                "        set $apikey_auth_token $apikey_auth_hash;\n"
+                "        auth_request /_validate_apikey_njs;\n"
+                "        set $apikey_client_name $apikeys;"
+            )
+    return f"    location {path} {{\n" + "\n".join(lines) + "\n@UPSTREAM@    }\n"
+
+
+def configuration(release: Rendered, port: int, service: int, folder: Path, module: Path) -> str:
+    spec = release.one("VirtualServer")["spec"]
+    policies = {one["metadata"]["name"]: one["spec"] for one in release.all("Policy")}
+    [upstream] = spec["upstreams"]
+    zones = "".join(
+        f"limit_req_zone {held['rateLimit']['key'].replace('{', '').replace('}', '')} "
+        f"zone={name.replace('-', '_')}:1m rate={held['rateLimit']['rate']};\n"
+        for name, held in policies.items()
+        if "rateLimit" in held
+    )
+    keys = "".join(
+        f'    "{hashlib.sha256(f"Bearer {token}".encode()).hexdigest()}" "{name}";\n'
+        for name, token in KEYS.items()
+    )
+    pass_on = (
+        f"        proxy_connect_timeout {upstream['connect-timeout']};\n"
+        f"        proxy_read_timeout {upstream['read-timeout']};\n"
+        f"        client_max_body_size {upstream['client-max-body-size']};\n"
+        f"        proxy_buffering {'on' if upstream['buffering'] else 'off'};\n"
+        "        proxy_http_version 1.1;\n"
+        "        proxy_set_header Host $host;\n"
+        f"        proxy_next_upstream {upstream['next-upstream']};\n"
+        f"        proxy_pass http://127.0.0.1:{service};\n"
+    )
+    locations = "".join(location(one, policies) for one in spec["routes"])
+    user = "user root;\n" if os.geteuid() == 0 else ""
+    temporary = "".join(
+        f"{kind}_temp_path {folder}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    return (
+        f"load_module {module};\n{user}daemon off;\nworker_processes 1;\npid {folder}/pid;\n"
+        "events {}\nhttp {\nerror_log stderr error;\nmap_hash_bucket_size 256;\n"
+        f"js_path {folder};\njs_import apikey_auth from apikey_auth.js;\n"
+        f"js_set $apikey_auth_hash apikey_auth.hash;\n{temporary}"
+        f'map $apikey_auth_token $apikeys {{\n    default "";\n{keys}}}\n'
+        f"{spec['http-snippets']}\n{zones}"
+        f"server {{\n    listen 127.0.0.1:{port};\n    server_name {spec['host']};\n"
+        "    location = /_validate_apikey_njs {\n        internal;\n"
+        "        js_content apikey_auth.validate;\n    }\n"
+        f"{spec['server-snippets']}\n"
+        f"{locations.replace('@UPSTREAM@', pass_on)}}}\n}}\n"
+    )
+
+
+@dataclass
+class Edge:
+    client: httpx.Client
+    log: Path
+    stop_service: Callable[[], None]
+
+    def post(self, path: str, token: str | None = None, **options: Any) -> httpx.Response:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        headers |= options.pop("headers", {})
+        return self.client.post(path, headers=headers, **options)
+
+    def logged(self, request_id: str) -> Object:
+        """The access log's line of a request."""
+        for _ in range(50):
+            for line in self.log.read_text().splitlines():
+                if line.startswith("{") and json.loads(line)["request_id"] == request_id:
+                    return json.loads(line)
+            time.sleep(0.05)
+        raise AssertionError(f"no line of {request_id}")
+
+
+def installed() -> tuple[str, Path]:
+    """NGINX and its JavaScript module, of the system or a folder in NGINX_ROOT."""
+    root = Path(os.environ.get("NGINX_ROOT", "/"))
+    program = root / "usr/sbin/nginx"
+    found = str(program) if program.exists() else shutil.which("nginx")
+    module = root / "usr/lib/nginx/modules/ngx_http_js_module.so"
+    if found is None or not module.exists():
+        missing("no NGINX with its njs module: apt-get install nginx libnginx-mod-http-js")
+    assert found is not None
+    return found, module.absolute()
+
+
+@pytest.fixture
+def edge(render: Callable[..., Rendered], tmp_path: Path) -> Iterator[Edge]:
+    program, module = installed()
+    values = {
+        "ingress": {**INGRESS["ingress"], "rateLimit": RATE},
+        "limits": {"body_bytes": BODY_LIMIT},
+    }
+    service = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    thread = threading.Thread(target=service.serve_forever, daemon=True)
+    thread.start()
+    port = free_port()
+    (tmp_path / "apikey_auth.js").write_text(NJS)
+    text = configuration(render(values), port, service.server_port, tmp_path, module)
+    config = tmp_path / "nginx.conf"
+    config.write_text(text)
+    log = tmp_path / "stdout"
+    with log.open("wb") as out, (tmp_path / "stderr").open("wb") as errors:
+        process = subprocess.Popen(
+            [program, "-e", "stderr", "-c", config], stdout=out, stderr=errors
+        )
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (tmp_path / "stderr").read_text()
+            time.sleep(0.05)
+        base = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=base, headers={"Host": "summarize.example.com"}) as client:
+            yield Edge(client, log, service.server_close)
+    finally:
+        process.terminate()
+        process.wait()
+        service.shutdown()
+        thread.join()
+        service.server_close()
+
+
+def problem(response: httpx.Response, status: int, kind: str) -> Object:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    document: Object = response.json()
+    assert document["status"] == status
+    assert document["type"] == f"urn:t5-serve:problem:{kind}"
+    assert response.headers.get_list("x-request-id") == [document["request_id"]]
+    return document
+
+
+def test_only_a_known_key_gets_through(edge: Edge) -> None:
+    missing_key = edge.post("/v1/summarize")
+    problem(missing_key, 401, "unauthorized")
+    assert missing_key.headers["www-authenticate"] == 'Bearer realm="t5-serve"'
+    wrong = edge.post("/v1/summarize", "t5s_wrong")
+    problem(wrong, 403, "forbidden")
+    assert 'error="invalid_token"' in wrong.headers["www-authenticate"]
+    assert edge.post("/v1/summarize", "t5s_job").json()["from"] == "service"
+
+
+def test_both_keys_of_a_client_mean_that_client(edge: Edge) -> None:
+    for token, key in (("t5s_first", "shop.0123abcd"), ("t5s_second", "shop.89ef4567")):
+        response = edge.post("/v1/summarize", token)
+        sent = dict(response.json()["headers"])
+        assert sent["X-Api-Client"] == "shop"
+        line = edge.logged(response.headers["x-request-id"])
+        assert (line["client"], line["api_key"], line["status"]) == ("shop", key, 200)
+
+
+def test_what_a_client_could_spoof_is_replaced(edge: Edge) -> None:
+    spoofed = {
+        "X-Api-Client": "admin",
+        "X-Request-Timeout-Seconds": "1",
+        "X-Request-Disconnect-Disabled": "true",
+        "serve_multiplexed_model_id": "other",
+    }
+    received = edge.post("/v1/summarize", "t5s_job", headers=spoofed).json()["headers"]
+    names = [name.lower() for name, _ in received]
+    assert [value for name, value in received if name == "X-Api-Client"] == ["job"]
+    for name in ("authorization", *(one.lower() for one in spoofed if one != "X-Api-Client")):
+        assert name not in names
+    page = edge.client.get("/", headers=spoofed).json()["headers"]
+    assert "x-api-client" not in [name.lower() for name, _ in page]
+
+
+def test_a_request_id_goes_from_end_to_end(edge: Edge) -> None:
+    given = edge.post("/v1/summarize", "t5s_job", headers={"X-Request-Id": "trace-1"})
+    assert dict(given.json()["headers"])["X-Request-Id"] == "trace-1"
+    assert given.headers["x-request-id"] == "trace-1"
+    assert edge.logged("trace-1")["path"] == "/v1/summarize"
+    refused = edge.post("/v1/summarize", headers={"X-Request-Id": "trace-2"})
+    assert problem(refused, 401, "unauthorized")["request_id"] == "trace-2"
+    bad = edge.post("/v1/summarize", "t5s_job", headers={"X-Request-Id": 'a b"c'})
+    assert re.fullmatch(r"[0-9a-f]{32}", bad.headers["x-request-id"])
+
+
+def test_a_body_above_the_limit_is_refused_with_its_limit(edge: Edge) -> None:
+    assert edge.post("/v1/summarize", "t5s_job", content=b"x" * BODY_LIMIT).status_code == 200
+    above = edge.post("/v1/summarize", "t5s_job", content=b"x" * (BODY_LIMIT + 1))
+    [error] = problem(above, 413, "body-too-large")["errors"]
+    assert (error["field"], error["limit"]) == ("body", BODY_LIMIT)
+
+
+def test_each_client_has_its_own_rate(edge: Edge) -> None:
+    answers = [edge.post("/v1/summarize", "t5s_first") for _ in range(6)]
+    # One, and a burst of three; the next may come ten seconds later.
+    assert [one.status_code for one in answers] == [200] * 4 + [429] * 2
+    problem(answers[-1], 429, "rate-limited")
+    assert answers[-1].headers["retry-after"] == "10"
+    assert edge.post("/v1/summarize", "t5s_job").status_code == 200
+    # Those without a key share a bucket, which is not that of any client.
+    assert edge.post("/v1/summarize").status_code == 401
+
+
+@pytest.mark.parametrize("status", [401, 403, 413, 429, 500, 503, 504])
+def test_the_services_own_errors_pass_as_they_are(edge: Edge, status: int) -> None:
+    response = edge.post(f"/v1/own/{status}", "t5s_job")
+    assert response.status_code == status
+    assert response.json()["from"] == "service"
+
+
+def test_streams_arrive_event_by_event(edge: Edge) -> None:
+    arrivals: list[float] = []
+    headers = {"Authorization": "Bearer t5s_job"}
+    with edge.client.stream("GET", "/v1/stream", headers=headers) as response:
+        for chunk in response.iter_raw():
+            arrivals += [time.monotonic()] * chunk.count(b"data:")
+    assert len(arrivals) == 3
+    assert arrivals[2] - arrivals[0] > 0.5
+
+
+def test_the_page_is_open_and_serves_own_paths_are_not_there(edge: Edge) -> None:
+    for path in ("/", "/static/app.js", "/docs", "/docs-static/x.js", "/openapi.json"):
+        assert edge.client.get(path).json()["from"] == "service", path
+    for path in ("/healthz", "/readyz", "/v1/models", "/docs/x"):
+        assert edge.client.get(path).status_code in (401, 429), path
+    hidden = edge.client.get("/-/routes", headers={"Authorization": "Bearer t5s_job"})
+    assert hidden.status_code == 404
+    assert hidden.json()["type"] == "urn:t5-serve:problem:not-found"
+
+
+def test_a_service_that_is_gone_is_a_problem_document(edge: Edge) -> None:
+    edge.stop_service()
+    problem(edge.post("/v1/summarize", "t5s_job"), 502, "unavailable")
