@@ -19,7 +19,7 @@ BASE_IMAGE ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint start-time lock image chart chart-tools demo-data demo-train demo-eval bench-engine
+.PHONY: help run test lint start-time lock image chart chart-tools demo-data demo-train demo-eval bench-engine bench-precision
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -113,3 +113,6 @@ demo-eval: $(VENV)/.installed ## judge the demo model in the package
 
 bench-engine: $(VENV)/.installed ## the engine against transformers and CTranslate2 (ARGS: --help)
 	$(BIN)/python -m bench.engine $(ARGS)
+
+bench-precision: $(VENV)/.installed ## what bfloat16 and int8 change in the demo model's summaries
+	$(BIN)/python -m bench.precision

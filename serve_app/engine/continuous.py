@@ -49,11 +49,6 @@ class ContinuousEngine(EngineThread):
         self._runner = self._make_runner(self._checkpoint, plan)
         self._undrained_s = 0.0
 
-    @property
-    def cache_bytes(self) -> int:
-        """Size of what is kept for attention."""
-        return self._runner.cache_bytes
-
     @torch.inference_mode()
     def _work(self) -> None:
         began = time.monotonic()

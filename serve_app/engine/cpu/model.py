@@ -161,8 +161,12 @@ class CpuT5:
                 starts.data_ptr(), places.data_ptr(),
             )  # fmt: skip
 
-    def decode(self, rows: StepRows, state: State) -> Rows:
-        """One decoder step: writes the rows' keys and values, returns their logits, float32."""
+    def decode(self, rows: StepRows, state: State) -> Tensor:
+        """One decoder step: writes the rows' keys and values.
+
+        Returns:
+            Logits, (rows, vocabulary), float32.
+        """
         kernels, count = self._kernels, rows.count
         hidden = self._embedded(rows.tokens, count)
         mixed = torch.empty(count, self._inner)
@@ -183,7 +187,7 @@ class CpuT5:
                 rows.firsts.data_ptr(), mixed.data_ptr(), *_output(attended),
             )  # fmt: skip
             addend = self._feed_forward(hidden, cross.out(attended), block)
-        return self._head(self._add_norm(hidden, addend, self._decoder_norm))
+        return self._head(self._add_norm(hidden, addend, self._decoder_norm)).values
 
     def distance_bias(self, distances: int) -> Tensor:
         """Decoder self-attention bias, (heads, distances), farthest first."""

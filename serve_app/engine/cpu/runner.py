@@ -116,9 +116,7 @@ class CpuRunner:
         chosen = torch.empty(rows.count, dtype=torch.int32)
         self._kernels.t5_choose(
             search, ctypes.addressof(self._pointers), rows.documents, rows.slots.data_ptr(),
-            rows.count, logits.values.data_ptr(), logits.values.stride(0),
-            None if logits.scales is None else logits.scales.data_ptr(),
-            chosen.data_ptr(), made.data_ptr(), done.data_ptr(),
+            rows.count, logits.data_ptr(), chosen.data_ptr(), made.data_ptr(), done.data_ptr(),
         )  # fmt: skip
         advances = []
         made_by, done_by = made.tolist(), done.tolist()

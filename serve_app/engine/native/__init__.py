@@ -52,8 +52,7 @@ _SIGNATURES = {
     "t5_linear": [_POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _LONG],
     "t5_begin": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT],
     "t5_choose": [
-        _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER,
-        _POINTER,
+        _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER,
     ],
     "t5_propose": [_POINTER, _INT, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER],
 }  # fmt: skip

@@ -247,12 +247,11 @@ int t5_begin(const Search* search, const Rows* rows, int documents, const int32_
     return row;
 }
 
-// Choose the tokens that follow. logits: (rows, stride) float32, changed in place; scales by row,
-// or null. Gives for each document how many tokens were made and whether it is done.
+// Choose the tokens that follow. logits: (rows, vocabulary) float32, changed in place. Gives for each
+// document how many tokens were made and whether it is done.
 void t5_choose(const Search* search, const Rows* rows, int documents, const int32_t* active,
-               int row_count, float* logits, int64_t stride, const float* scales, int32_t* chosen,
-               int32_t* made, uint8_t* done) {
-    const int vocabulary = search->vocabulary;
+               int row_count, float* logits, int32_t* chosen, int32_t* made, uint8_t* done) {
+    const int64_t vocabulary = search->vocabulary;
     static thread_local std::vector<int32_t> owner;
     owner.resize(row_count);
     for (int i = 0; i < documents; ++i)
@@ -264,11 +263,7 @@ void t5_choose(const Search* search, const Rows* rows, int documents, const int3
 #pragma omp parallel for schedule(dynamic, 1)
     for (int row = 0; row < row_count; ++row) {
         const int document = owners[row];
-        float* scores = logits + row * stride;
-        if (scales) {
-            const float scale = scales[row];
-            for (int i = 0; i < vocabulary; ++i) scores[i] *= scale;
-        }
+        float* scores = logits + row * vocabulary;
         const bool beams = search->beams[document] > 1;
         if (beams) log_softmax(scores, vocabulary);
         process(*search, document, search->tokens + rows->lanes[row] * search->stride,
