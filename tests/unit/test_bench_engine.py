@@ -37,8 +37,13 @@ def test_arrivals_are_poisson() -> None:
 
 @pytest.mark.parametrize(
     ("values", "percent", "told"),
-    [([3.0], 95, 3.0), ([1.0, 2.0, 4.0], 50, 2.0), ([4.0, 1.0, 2.0], 75, 3.0), ([0.0, 10.0], 99, 9.9)],
-)  # fmt: skip
+    [
+        ([3.0], 95, 3.0),
+        ([1.0, 2.0, 4.0], 50, 2.0),
+        ([4.0, 1.0, 2.0], 75, 3.0),
+        ([0.0, 10.0], 99, 9.9),
+    ],
+)
 def test_percentiles(values: list[float], percent: float, told: float) -> None:
     assert percentile(values, percent) == pytest.approx(told)
 
