@@ -106,7 +106,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.6))
     for axis, (name, rows) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
         labels = [row["engine"] for row in rows]
-        colours = ["#1a7f5a" if row["ours"] else "#9aa5b1" for row in rows]
+        colours = [_colour(row) for row in rows]
         if name in result["throughput"]:
             axis.bar(labels, [row["tokens_per_s"] for row in rows], color=colours)
             axis.set_title(f"{name}: tokens/s", fontsize=9)
@@ -116,11 +116,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 axis.plot(shares, [row[s] for s in shares], "o-", color=colour, label=row["engine"])
             axis.set_yscale("log")
             axis.set_title(f"{name}: latency, s", fontsize=9)
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0, 0.86))
         axis.tick_params(axis="x", labelrotation=60, labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+
+
+def _colour(row: dict[str, Any]) -> str:
+    greens = {"int8": "#0b5d3f", "bfloat16": "#2f9e74", "float32": "#8fd3b6"}
+    greys = {"int8": "#5b6670", "bfloat16": "#8a949d", "float32": "#b9c1c8"}
+    return (greens if row["ours"] else greys)[row["engine"].split()[-1]]
 
 
 def _machine_line(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from serve_app.engine.cpu.memory import empty
 
 _ROWS = 32
+_PART = 2_048
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # native/vectors.h
 
 
@@ -93,9 +94,13 @@ def head(weight: Tensor, precision: Precision, kernels: ctypes.PyDLL) -> Linear:
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Bytes q and scales s, with s = max |w| / 127 over each output channel and q = w / s."""
-    wide = weight.float()
-    scales = wide.abs().amax(1).clamp_(min=1e-12) / 127
-    return (wide / scales[:, None]).round_().to(torch.int8), scales
+    scales = weight.abs().amax(1).float().clamp_(min=1e-12) / 127
+    whole = torch.empty(weight.shape, dtype=torch.int8)
+    # Part by part: the whole in float32 several times over would be the most that loading takes.
+    parts = zip(whole.split(_PART), weight.split(_PART), scales.split(_PART), strict=True)
+    for to, part, scale in parts:
+        to.copy_((part.float() / scale[:, None]).round_())
+    return whole, scales
 
 
 class _OneDnn:

@@ -6,9 +6,11 @@ time goes into finding the pages.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -31,3 +33,9 @@ def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     whole = torch.frombuffer(region, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE
     return whole[start : start + count * dtype.itemsize].view(dtype).view(*size)
+
+
+def give_back() -> None:
+    """Return to the system what the allocator keeps for later, where it is glibc's."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -10,6 +10,7 @@ import torch
 
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.cpu.linear import Precision
+from serve_app.engine.cpu.memory import give_back
 from serve_app.engine.cpu.model import CpuT5, StepRows
 from serve_app.engine.cpu.state import State
 from serve_app.engine.queue import Entry
@@ -38,6 +39,7 @@ class CpuRunner:
         precision = Precision(plan.dtype)
         weights = WeightSource(checkpoint, self.shape)
         self._model = CpuT5(weights, self.shape, precision, kernels)
+        give_back()
         self.most_rows = plan.rows or 64
         self._state = State(
             self.shape, checkpoint.constraints, precision,
