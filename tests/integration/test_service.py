@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.tokens import create, revoke
-from tests.integration.conftest import Service, until
+from tests.integration.conftest import Deploy, Service, until
 from tests.texts import long_text, texts
 
 TEXT = texts(1)[0]
@@ -177,8 +177,14 @@ def test_a_deadline_is_kept(service: Service) -> None:
     assert service.probe().load.steps - before < 512
 
 
-def test_a_deadline_in_a_stream_is_an_error_event(service: Service) -> None:
-    events = stream(service, {**ENDLESS, "timeout_s": 1.5, "stream": True})
+def test_a_deadline_in_a_stream_is_an_error_event(deploy: Deploy) -> None:
+    # 512 tokens take less than a second: so much longer, and one at a time.
+    many = 4_000
+    service = deploy(
+        "slow", "/slow", engine={"speculation": False}, limits={"max_new_tokens": many}
+    )
+    endless = {"text": TEXT, "min_new_tokens": many, "max_new_tokens": many}
+    events = stream(service, {**endless, "timeout_s": 1.5, "stream": True})
     name, data = events[-1]
     assert name == "error"
     assert data["status"] == 408

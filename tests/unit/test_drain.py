@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from serve_app import drain
 from serve_app.drain import wait_until_idle
 
 
 @pytest.fixture
-def replica() -> Iterator[subprocess.Popen[bytes]]:
-    title = "ray::ServeReplica:t5-serve:Summarizer"
+def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    title = "ray::ServeReplica:draining:Summarizer"
+    # Other tests' replicas are on this machine too.
+    assert title.startswith(drain._HOLDERS)
+    monkeypatch.setattr(drain, "_HOLDERS", (title,))
     process = subprocess.Popen(["bash", "-c", f"exec -a {title} sleep 60"])
     command = Path(f"/proc/{process.pid}/cmdline")
     while not command.read_bytes().startswith(title.encode()):  # until bash has become it
@@ -41,7 +45,7 @@ def test_it_returns_once_the_replicas_are_gone(replica: subprocess.Popen[bytes],
 
 def test_it_names_what_is_left_at_the_deadline(replica: subprocess.Popen[bytes], head: str) -> None:
     assert wait_until_idle(head, time.monotonic() + 0.2) == [
-        "ray::ServeReplica:t5-serve:Summarizer 60"
+        "ray::ServeReplica:draining:Summarizer 60"
     ]
 
 
