@@ -69,11 +69,15 @@ class Ours:
 
     def poisson(self, works: list[Work], times: list[float], decoding: Decoding) -> list[float]:
         """Latencies in seconds of requests that arrive at these times."""
+        from serve_app.engine.protocol import Finished
+
         progress = Progress("t5-serve", len(works))
 
         async def one(work: Work, at: float) -> float:
             await asyncio.sleep(began + at - time.perf_counter())
-            await self._client.run(self._request(work, decoding))
+            outcome = await self._client.run(self._request(work, decoding))
+            if not isinstance(outcome, Finished):
+                raise RuntimeError(f"a request failed: {outcome.message}")
             progress.done(work)
             return time.perf_counter() - began
 

@@ -50,7 +50,6 @@ class StepRows:
         self.slots, self.sources, self.firsts, self.counts = torch.zeros(
             4, documents, dtype=torch.int32
         )
-        self.room = rows
         self.count = self.documents = 0
 
 

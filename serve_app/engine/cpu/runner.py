@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -72,18 +72,9 @@ class CpuRunner:
         slots: list[int] = []
         try:
             slots.extend(self._state.admit(entry.request) for entry in entries)
-            batch: list[int] = []
-            for index in [*range(len(entries)), None]:
-                tokens = sum(entries[i].tokens for i in batch)
-                if batch and (index is None or tokens + entries[index].tokens > _TOGETHER):
-                    self._model.encode(
-                        [entries[i].request.input_ids for i in batch],
-                        self._state,
-                        [slots[i] for i in batch],
-                    )
-                    batch = []
-                if index is not None:
-                    batch.append(index)
+            for start, end in _together(entries):
+                inputs = [entry.request.input_ids for entry in entries[start:end]]
+                self._model.encode(inputs, self._state, slots[start:end])
         except Exception:
             for slot in slots:
                 self._state.release(slot)
@@ -124,9 +115,9 @@ class CpuRunner:
         made_by, done_by = made.tolist(), done.tolist()
         if self._speculation is not None:
             self._speculation.took(rows.count, time.perf_counter() - began)
-            firsts = chosen[rows.firsts.long()].tolist()
             for draft in drafts:
-                self._speculation.learn(draft, made_by[draft.document], firsts[draft.document])
+                first = int(chosen[rows.firsts[draft.document]])
+                self._speculation.learn(draft, made_by[draft.document], first)
         documents = zip(
             self.entries, self._slots, made_by, done_by, self._drafted.tolist(), strict=True
         )
@@ -182,3 +173,14 @@ class CpuRunner:
         if self._state.self_caches[0].distances < self._state.steps_room:
             self._state.set_bias(self._model.distance_bias(self._state.steps_room))
         return rows
+
+
+def _together(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+    """Runs of documents to encode at once, as half-open ranges."""
+    start = tokens = 0
+    for index, entry in enumerate(entries):
+        if index > start and tokens + entry.tokens > _TOGETHER:
+            yield start, index
+            start, tokens = index, 0
+        tokens += entry.tokens
+    yield start, len(entries)

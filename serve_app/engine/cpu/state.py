@@ -222,10 +222,6 @@ class State:
         self.free_lanes.extend(self._arrays["lanes"][slot, :beams].tolist())
         self.free_slots.append(slot)
 
-    def generated(self, slot: int) -> int:
-        """How many tokens a document has so far."""
-        return int(self._arrays["steps"][slot])
-
     def room(self, slot: int) -> int:
         """How many more it may have."""
         return int(self._arrays["most"][slot] - self._arrays["steps"][slot])

@@ -23,7 +23,6 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 struct bf16 {
@@ -51,17 +50,6 @@ inline Floats load(const bf16* from) {
     return as<Floats>(__builtin_convertvector(halves, Words) << 16);
 }
 
-inline Floats load(const int8_t* from) {
-#ifdef __AVX512F__  // the portable way takes GCC 12 several times as many instructions
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return as<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
-#else
-    Bytes bytes;
-    std::memcpy(&bytes, from, sizeof(bytes));
-    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
-#endif
-}
-
 inline void store(int8_t* to, Floats value) {
 #ifdef __AVX512F__
     const __m512i whole = _mm512_cvtps_epi32(as<__m512>(value));
@@ -80,7 +68,7 @@ inline Words words(const void* from) {
 inline Floats even(Words pairs) { return as<Floats>(pairs << 16); }
 inline Floats odd(Words pairs) { return as<Floats>(pairs & 0xffff0000u); }
 
-// Caches are read a chunk at a time: sixteen floats or bytes, or sixteen words of two bfloat16 each,
+// Caches are read a chunk at a time: sixteen floats, or sixteen words of two bfloat16 each,
 // of which the even come apart from the odd: so widening costs one operation for sixteen values.
 template <class T> struct Chunk {
     static constexpr int kParts = 1, kValues = kVector;
