@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from bench.engine import models, report
-from bench.engine.figures import percentile
+from bench.engine.figures import Throughput, percentile
 from bench.engine.floor import Floor
 from bench.engine.ours import Ours
 from bench.engine.peers import CTranslate, HuggingFace, best_types
@@ -39,9 +40,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=models.NAMES, default="small")
     parser.add_argument("--dtypes", nargs="+", default=["int8", "bfloat16", "float32"])
     parser.add_argument("--requests", type=int, default=512, help="offline, greedy")
-    parser.add_argument("--beam-requests", type=int, default=96)
-    parser.add_argument("--poisson-requests", type=int, default=150)
-    parser.add_argument("--tune-requests", type=int, default=48, help="to choose batch sizes with")
+    parser.add_argument("--beam-requests", type=int, default=128)
+    parser.add_argument("--poisson-requests", type=int, default=120)
+    parser.add_argument(
+        "--tune-seconds", type=float, default=15, help="for each of a peer's batch sizes"
+    )
     parser.add_argument("--peers", default="", help="only those whose name contains this")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--rows", type=int, default=64, help="documents in our running batch")
@@ -54,7 +57,7 @@ def arguments() -> argparse.Namespace:
     found = parser.parse_args()
     if found.quick:
         found.requests, found.beam_requests, found.poisson_requests = 24, 8, 12
-        found.tune_requests, found.repeats, found.batches = 8, 2, [8]
+        found.tune_seconds, found.repeats, found.batches = 1, 2, [8]
     return found
 
 
@@ -131,16 +134,16 @@ class Bench:
             seconds = worker.call("offline", works, decoding)
             rows.append(_speed(name, True, self.options.rows, tokens, seconds))
             self._floor(name, worker, works, decoding)
-        tuned = {n: self._tune(n, worker, decoding) for n, worker in self.peers.items()}
-        fastest = min((seconds for seconds, _, _ in tuned.values()), default=0.0)
+        tuned = {n: self._tune(n, worker, works, decoding) for n, worker in self.peers.items()}
+        fastest = max((rate.tokens_per_s for rate, _, _ in tuned.values()), default=0.0)
         best: tuple[str, int, float] | None = None
-        for name, (seconds, batch, order) in tuned.items():
-            # Those that cannot be the best get an eighth of the load: a rate is a rate.
-            part = works if seconds < 1.5 * fastest else works[: max(count // 8, 8)]
-            seconds = self.peers[name].call("offline", part, decoding, batch, order)
-            rows.append(_speed(name, False, batch, sum(work.tokens for work in part), seconds))
-            if best is None or len(part) / seconds > best[2]:
-                best = name, batch, len(part) / seconds
+        for name, (rate, batch, order) in tuned.items():
+            # Those that may be the best do all of the load; of the others the sample will do.
+            if rate.tokens_per_s > fastest / 1.5:
+                rate = self.peers[name].call("offline", works, decoding, batch, order, math.inf)
+            rows.append(_speed(name, False, batch, rate.tokens, rate.seconds))
+            if best is None or rate.requests_per_s > best[2]:
+                best = name, batch, rate.requests_per_s
         self.result["counts"][decoding.label] = f"{count} requests, {tokens} tokens"
         self.result["throughput"][decoding.label] = rows
         if best is None:
@@ -153,22 +156,29 @@ class Bench:
                 label = f"offline, {decoding.label}, {row['engine']}"
                 self.result["ratios"].append((key, label, row["tokens_per_s"] / peer))
 
-    def _tune(self, name: str, worker: Worker, decoding: Decoding) -> tuple[float, int, str]:
-        """The peer's best batch size and order, on a part of the load."""
-        count = self.options.tune_requests
-        works = mixed(count, self.options.seed + 1)
+    def _tune(
+        self, name: str, worker: Worker, works: list[Work], decoding: Decoding
+    ) -> tuple[Throughput, int, str]:
+        """The peer's best batch size and order, on a sample of the load's own batches."""
         # Beams stop no row early, so there only sorting by output length makes sense.
         orders = ["input", "output"] if decoding is GREEDY else ["output"]
-        best = (float("inf"), 0, "")
+        best: tuple[Throughput, int, str] | None = None
         for order in orders:
+            last = 0.0
             for batch in self.options.batches:
-                if batch > max(count, 8):
-                    continue
-                seconds = worker.call("offline", works, decoding, batch, order)
-                say(f"{name}, {decoding.label}, batches of {batch} by {order}: {seconds:.1f} s")
-                best = min(best, (seconds, batch, order))
-                if seconds > 1.2 * best[0]:
+                rate = worker.call(
+                    "offline", works, decoding, batch, order, self.options.tune_seconds
+                )
+                say(
+                    f"{name}, {decoding.label}, batches of {batch} by {order}: "
+                    f"{rate.tokens_per_s:.0f} tokens/s ({rate.requests} requests)"
+                )
+                if best is None or rate.tokens_per_s > best[0].tokens_per_s:
+                    best = rate, batch, order
+                if rate.tokens_per_s < 0.8 * last:
                     break
+                last = rate.tokens_per_s
+        assert best is not None
         return best
 
     def _floor(self, name: str, worker: Worker, works: list[Work], decoding: Decoding) -> None:
@@ -225,27 +235,33 @@ class Bench:
                 self._ratio("p95 at 80 %", f"p95 at {load} %", rows, "p95")
 
     def copying(self) -> None:
-        """The demo model, which copies spans, on real text; one request after the other."""
-        inputs = documents(24)
-        rows = []
-        for speculation in (False, True):
-            self.open_ours(8, speculation=speculation)
-            for name, worker in self.ours.items():
-                worker.call("free", inputs[:4], _MOST)
-                seconds, tokens, steps = worker.call("free", inputs, _MOST)
-                label = f"{name}, {'with' if speculation else 'without'} lookup"
-                say(f"{label}: {sum(tokens)} tokens in {steps} steps, {sum(seconds):.2f} s")
-                rows.append(
-                    {"engine": label, "ours": speculation, "mean": sum(seconds) / len(seconds)}
-                )
-        for name, worker in self.peers.items():
-            worker.call("free", inputs[:4], _MOST)
-            seconds = worker.call("free", inputs, _MOST)
-            rows.append({"engine": name, "ours": None, "mean": sum(seconds) / len(seconds)})
+        """The demo model, which copies spans, on real text; one request after the other, each
+        engine's turn for every text."""
+        self.open_ours(8)
+        engines = {f"{name}, without lookup": worker for name, worker in self.ours.items()}
+        self.ours = {}  # kept open beside those with lookup
+        self.open_ours(8, speculation=True)
+        engines |= {f"{name}, with lookup": worker for name, worker in self.ours.items()}
+        engines |= self.peers
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        tokens = dict.fromkeys(engines, 0)
+        for ids in documents(24):
+            for name, worker in engines.items():
+                calls = [worker.call("free", ids, _MOST) for _ in range(self.options.repeats)]
+                times[name].append(median(seconds for seconds, _ in calls))
+                tokens[name] += calls[0][1]
+        self.ours = {name: worker for name, worker in engines.items() if name not in self.peers}
+        rows: list[dict[str, Any]] = [
+            {
+                "engine": name, "ours": "with lookup" in name if name in self.ours else None,
+                "mean": sum(seconds) / len(seconds), "tokens": tokens[name],
+            }
+            for name, seconds in times.items()
+        ]  # fmt: skip
         self.result["latency"]["one text alone, greedy"] = rows
-        peer = min(row["mean"] for row in rows if row["ours"] is None)
+        peer = min((row["mean"] for row in rows if row["ours"] is None), default=None)
         for row in rows:
-            if row["ours"]:
+            if row["ours"] and peer:
                 self.result["ratios"].append(("copy", row["engine"], row["mean"] / peer))
 
     def _ratio(self, key: str, label: str, rows: list[dict[str, Any]], figure: str) -> None:

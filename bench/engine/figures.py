@@ -25,14 +25,6 @@ class Throughput:
         """Requests per second."""
         return self.requests / self.seconds
 
-    def __add__(self, other: Throughput) -> Throughput:
-        """Both, one after the other."""
-        return Throughput(
-            self.requests + other.requests,
-            self.tokens + other.tokens,
-            self.seconds + other.seconds,
-        )
-
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """Percentile with linear interpolation between ranks, as `numpy.percentile` has it."""

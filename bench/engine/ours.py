@@ -87,24 +87,14 @@ class Ours:
         began = time.perf_counter()
         return latencies(self._run(everyone()), times)
 
-    def free(self, documents: list[list[int]], most: int) -> tuple[list[float], list[int], int]:
-        """Greedy, one request after the other, to wherever the model ends.
-
-        Returns:
-            Seconds of each, output tokens of each, and steps of all.
-        """
+    def free(self, ids: list[int], most: int) -> tuple[float, int]:
+        """Greedy, to wherever the model ends: seconds, and output tokens, the end among them."""
         from serve_app.engine.protocol import EngineRequest, GenerationSettings
 
-        seconds, tokens = [], []
-        self._batches.clear()
-        for ids in documents:
-            request = EngineRequest(
-                f"{next(self._ids)}", ids, GenerationSettings(max_new_tokens=most)
-            )
-            began = time.perf_counter()
-            tokens.append(len(self._run(self._client.run(request)).ids))
-            seconds.append(time.perf_counter() - began)
-        return seconds, tokens, len(self._batches)
+        request = EngineRequest(f"{next(self._ids)}", ids, GenerationSettings(max_new_tokens=most))
+        began = time.perf_counter()
+        outcome = self._run(self._client.run(request))
+        return time.perf_counter() - began, len(outcome.ids)
 
     def step(self, documents: int, decoding: Decoding) -> tuple[float, int]:
         """Of the last `offline`: median seconds of a step that encoded nothing, with this many

@@ -4,20 +4,19 @@ They batch statically, and get what suits them: all threads, padded batches of r
 length, the best of several batch sizes. In greedy search a row is stopped at its own length
 (CTranslate2 then takes it out of the batch; transformers goes on computing it). Beam search has no
 such stop, so there, and as a second try in greedy search, they get the requests sorted by *output*
-length, which no server knows beforehand: every batch then stops at nearly the right length for all.
+length, which no server knows beforehand: then nearly all of a batch stop at the right length.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.engine.figures import latencies
+from bench.engine.figures import Throughput, latencies
 from bench.engine.progress import Progress
-from bench.engine.workloads import Decoding, Work
+from bench.engine.workloads import Decoding, Work, sorted_batches, spread
 
 
 class _Peer:
@@ -33,23 +32,23 @@ class _Peer:
         self._generate([work], decoding)
         return time.perf_counter() - began
 
-    def offline(self, works: list[Work], decoding: Decoding, batch: int, order: str) -> float:
-        """Seconds for all requests in batches of this size, sorted by `input` or `output` length.
-
-        With `output` order a batch is run to its longest output as a whole.
-        """
-        by_output = order == "output"
-        key: Callable[[Work], int] = (lambda w: w.tokens) if by_output else (lambda w: len(w.ids))
-        ordered = sorted(works, key=key)
-        progress = Progress(f"{self.name}, batches of {batch}, by {order}", len(works))
+    def offline(
+        self, works: list[Work], decoding: Decoding, batch: int, order: str, limit: float
+    ) -> Throughput:
+        """All requests in batches of this size, sorted by `input` or `output` length; no further
+        batch is begun after `limit` seconds."""
+        batches = spread(sorted_batches(works, batch, order))
+        progress = Progress(f"{self.name}, batches of {batch} by {order}", len(works))
+        done: list[Work] = []
         began = time.perf_counter()
-        for start in range(0, len(ordered), batch):
-            part = ordered[start : start + batch]
-            longest = max(work.tokens for work in part)
-            asked = [Work(work.ids, longest) for work in part] if by_output else part
-            self._generate(asked, decoding)
+        for part in batches:
+            self._generate(part, decoding)
+            done += part
             progress.done(*part)
-        return time.perf_counter() - began
+            if time.perf_counter() - began > limit:
+                break
+        seconds = time.perf_counter() - began
+        return Throughput(len(done), sum(work.tokens for work in done), seconds)
 
     def poisson(
         self, works: list[Work], times: list[float], decoding: Decoding, batch: int
@@ -75,16 +74,13 @@ class _Peer:
             first = end
         return latencies(finished, times)
 
-    def free(self, documents: list[list[int]], most: int) -> list[float]:
-        """Seconds of each request, greedy, one after the other, to wherever the model ends."""
-        seconds = []
-        for ids in documents:
-            began = time.perf_counter()
-            self._free(ids, most)
-            seconds.append(time.perf_counter() - began)
-        return seconds
+    def free(self, ids: list[int], most: int) -> tuple[float, int]:
+        """Greedy, to wherever the model ends: seconds, and output tokens, the end among them."""
+        began = time.perf_counter()
+        tokens = self._free(ids, most)
+        return time.perf_counter() - began, tokens
 
-    def _free(self, ids: list[int], most: int) -> None:
+    def _free(self, ids: list[int], most: int) -> int:
         raise NotImplementedError
 
 
@@ -128,13 +124,14 @@ class HuggingFace(_Peer):
                 stopping_criteria=[stop] if decoding.beams == 1 else None,
             )
 
-    def _free(self, ids: list[int], most: int) -> None:
+    def _free(self, ids: list[int], most: int) -> int:
         torch = self._torch
         with torch.inference_mode():
             inputs = torch.tensor([ids], device=self._device)
-            self._model.generate(
+            found = self._model.generate(
                 input_ids=inputs, do_sample=False, num_beams=1, max_new_tokens=most
             )
+        return int(found.shape[1]) - 1
 
 
 class CTranslate(_Peer):
@@ -167,13 +164,14 @@ class CTranslate(_Peer):
             callback=stop if own else None,
         )
 
-    def _free(self, ids: list[int], most: int) -> None:
-        self._translator.translate_batch(
+    def _free(self, ids: list[int], most: int) -> int:
+        (found,) = self._translator.translate_batch(
             [[self._names[i] for i in ids]],
             beam_size=1,
             max_decoding_length=most,
             max_input_length=0,
         )
+        return min(len(found.hypotheses[0]) + 1, most)
 
 
 def best_types() -> list[str]:

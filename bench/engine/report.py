@@ -70,7 +70,10 @@ def table(result: dict[str, Any]) -> str:
             "|---" * (len(columns) + 1) + "|",
         ]
         for row in rows:
-            cells = [f"{row[key]:.3f}" for key in columns]
+            cells = [
+                f"{row[key]:.3f}" if isinstance(row[key], float) else f"{row[key]}"
+                for key in columns
+            ]
             lines.append(f"| {row['engine']} | " + " | ".join(cells) + " |")
         lines.append("")
     for row in result["floor"]:

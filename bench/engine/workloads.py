@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 VOCABULARY = 32_128
@@ -50,6 +50,27 @@ def mixed(count: int, seed: int) -> list[Work]:
         Work(random_input(rng, log_normal(rng, 180, 32, 512)), log_normal(rng, 60, 16, 200))
         for _ in range(count)
     ]
+
+
+def sorted_batches(works: Sequence[Work], batch: int, order: str) -> list[list[Work]]:
+    """All requests, sorted by `input` or `output` length, in batches of this size."""
+
+    def length(work: Work) -> int:
+        return work.tokens if order == "output" else len(work.ids)
+
+    ordered = sorted(works, key=length)
+    return [ordered[start : start + batch] for start in range(0, len(ordered), batch)]
+
+
+def spread(batches: Sequence[list[Work]]) -> Iterator[list[Work]]:
+    """The middle one, then those at the quarters, at the eighths, …: however many one takes from
+    the front, they are a fair sample of all lengths."""
+    ranges = [(0, len(batches))]
+    for low, high in ranges:
+        if low < high:
+            middle = (low + high) // 2
+            yield batches[middle]
+            ranges += [(low, middle), (middle + 1, high)]
 
 
 def single(seed: int) -> Work:

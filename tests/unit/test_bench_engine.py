@@ -7,7 +7,16 @@ from statistics import mean, median
 import pytest
 
 from bench.engine.figures import GOALS, latencies, percentile
-from bench.engine.workloads import Work, arrivals, depth_seen, mixed, single, source_seen
+from bench.engine.workloads import (
+    Work,
+    arrivals,
+    depth_seen,
+    mixed,
+    single,
+    sorted_batches,
+    source_seen,
+    spread,
+)
 
 
 def test_mixed_lengths() -> None:
@@ -50,6 +59,16 @@ def test_percentiles(values: list[float], percent: float, told: float) -> None:
 
 def test_latency_counts_from_the_schedule() -> None:
     assert latencies([2.0, 5.0], [0.5, 1.0]) == [1.5, 4.0]
+
+
+def test_batches_are_sorted_and_a_sample_of_them_is_spread() -> None:
+    works = [Work([1] * n, 100 - n) for n in (5, 9, 1, 8, 2, 7, 3, 6, 4)]
+    lengths = [[len(w.ids) for w in part] for part in sorted_batches(works, 4, "input")]
+    assert lengths == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
+    tokens = [[w.tokens for w in part] for part in sorted_batches(works, 4, "output")]
+    assert tokens == [[91, 92, 93, 94], [95, 96, 97, 98], [99]]
+    singles = sorted_batches(works, 1, "input")
+    assert [len(part[0].ids) for part in spread(singles)] == [5, 3, 8, 2, 4, 7, 9, 1, 6]
 
 
 def test_means_over_steps() -> None:
