@@ -23,6 +23,7 @@ from bench.engine.workloads import (
     Work,
     arrivals,
     depth_seen,
+    distinct,
     documents,
     mixed,
     single,
@@ -30,7 +31,7 @@ from bench.engine.workloads import (
 )
 
 GREEDY, BEAMS = Decoding(1, 0), Decoding(4, 3)
-_MOST = 64  # output tokens of the demo model
+_MOST = 64  # output tokens of copied texts
 _LOADS = (50, 80)  # percent of the best peer's throughput
 
 
@@ -235,8 +236,11 @@ class Bench:
                 self._ratio("p95 at 80 %", f"p95 at {load} %", rows, "p95")
 
     def copying(self) -> None:
-        """The demo model, which copies spans, on real text; one request after the other, each
-        engine's turn for every text."""
+        """Texts whose spans are copied, one after the other; engines take turns at each.
+
+        With the demo model real texts, to wherever it ends; with the copying one random tokens,
+        the single request's lengths.
+        """
         self.open_ours(8)
         engines = {f"{name}, without lookup": worker for name, worker in self.ours.items()}
         self.ours = {}  # kept open beside those with lookup
@@ -245,9 +249,15 @@ class Bench:
         engines |= self.peers
         times: dict[str, list[float]] = {name: [] for name in engines}
         tokens = dict.fromkeys(engines, 0)
-        for ids in documents(24):
+        if self.options.model == "demo":
+            inputs, least = documents(24), 0
+        else:
+            inputs, least = distinct(8, self.options.seed), _MOST
+        for ids in inputs:
             for name, worker in engines.items():
-                calls = [worker.call("free", ids, _MOST) for _ in range(self.options.repeats)]
+                calls = [
+                    worker.call("free", ids, least, _MOST) for _ in range(self.options.repeats)
+                ]
                 times[name].append(median(seconds for seconds, _ in calls))
                 tokens[name] += calls[0][1]
         self.ours = {name: worker for name, worker in engines.items() if name not in self.peers}
@@ -290,7 +300,7 @@ def main() -> int:
         converted = models.convert(path, Path(scratch)) if best_types() else None
         bench = Bench(options, path, converted)
         try:
-            if options.model == "demo":
+            if options.model in ("demo", "copying"):
                 bench.copying()
             else:
                 bench.open_ours(options.rows)

@@ -1,4 +1,5 @@
-"""The models measured: T5's shapes with random weights (speed does not depend on what they say)."""
+"""The models measured: T5's shapes with random weights (speed does not depend on what they say),
+and such a one that copies its input, for lookup speculation."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ SHAPES = {
     "small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
     "base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
 }
-NAMES = (*SHAPES, "demo")
+NAMES = (*SHAPES, "copying", "demo")
 
 
 def build(name: str, folder: Path, seed: int) -> Path:
@@ -23,13 +24,18 @@ def build(name: str, folder: Path, seed: int) -> Path:
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
+    from training.model import write_copy_circuit
+
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=VOCABULARY, d_kv=64, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-        feed_forward_proj="relu", **SHAPES[name],
+        feed_forward_proj="relu", **SHAPES["small" if name == "copying" else name],
     )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    if name == "copying":
+        write_copy_circuit(model)
     path = folder / name
-    T5ForConditionalGeneration(config).save_pretrained(path)
+    model.save_pretrained(path)
     return path
 
 

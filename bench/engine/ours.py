@@ -87,14 +87,15 @@ class Ours:
         began = time.perf_counter()
         return latencies(self._run(everyone()), times)
 
-    def free(self, ids: list[int], most: int) -> tuple[float, int]:
+    def free(self, ids: list[int], least: int, most: int) -> tuple[float, int]:
         """Greedy, to wherever the model ends: seconds, and output tokens, the end among them."""
         from serve_app.engine.protocol import EngineRequest, GenerationSettings
 
-        request = EngineRequest(f"{next(self._ids)}", ids, GenerationSettings(max_new_tokens=most))
+        settings = GenerationSettings(min_new_tokens=least, max_new_tokens=most)
+        request = EngineRequest(f"{next(self._ids)}", ids, settings)
         began = time.perf_counter()
         outcome = self._run(self._client.run(request))
-        return time.perf_counter() - began, len(outcome.ids)
+        return time.perf_counter() - began, min(len(outcome.ids) + 1, most)
 
     def step(self, documents: int, decoding: Decoding) -> tuple[float, int]:
         """Of the last `offline`: median seconds of a step that encoded nothing, with this many

@@ -74,13 +74,13 @@ class _Peer:
             first = end
         return latencies(finished, times)
 
-    def free(self, ids: list[int], most: int) -> tuple[float, int]:
+    def free(self, ids: list[int], least: int, most: int) -> tuple[float, int]:
         """Greedy, to wherever the model ends: seconds, and output tokens, the end among them."""
         began = time.perf_counter()
-        tokens = self._free(ids, most)
+        tokens = self._free(ids, least, most)
         return time.perf_counter() - began, tokens
 
-    def _free(self, ids: list[int], most: int) -> int:
+    def _free(self, ids: list[int], least: int, most: int) -> int:
         raise NotImplementedError
 
 
@@ -124,12 +124,16 @@ class HuggingFace(_Peer):
                 stopping_criteria=[stop] if decoding.beams == 1 else None,
             )
 
-    def _free(self, ids: list[int], most: int) -> int:
+    def _free(self, ids: list[int], least: int, most: int) -> int:
         torch = self._torch
         with torch.inference_mode():
             inputs = torch.tensor([ids], device=self._device)
             found = self._model.generate(
-                input_ids=inputs, do_sample=False, num_beams=1, max_new_tokens=most
+                input_ids=inputs,
+                do_sample=False,
+                num_beams=1,
+                min_new_tokens=least,
+                max_new_tokens=most,
             )
         return int(found.shape[1]) - 1
 
@@ -164,10 +168,11 @@ class CTranslate(_Peer):
             callback=stop if own else None,
         )
 
-    def _free(self, ids: list[int], most: int) -> int:
+    def _free(self, ids: list[int], least: int, most: int) -> int:
         (found,) = self._translator.translate_batch(
             [[self._names[i] for i in ids]],
             beam_size=1,
+            min_decoding_length=least,
             max_decoding_length=most,
             max_input_length=0,
         )

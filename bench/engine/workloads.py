@@ -89,6 +89,12 @@ def arrivals(count: int, rate: float, seed: int) -> list[float]:
     return times
 
 
+def distinct(count: int, seed: int) -> list[list[int]]:
+    """Inputs of 256 tokens, none of them twice in one: what is copied has one continuation."""
+    rng = random.Random(seed)
+    return [[*rng.sample(range(_FIRST, _LAST + 1), 255), _EOS] for _ in range(count)]
+
+
 def documents(count: int) -> list[list[int]]:
     """The demo model's inputs for docstrings of the standard library; they repeat if they must."""
     from serve_app.engine.checkpoint import resolve
