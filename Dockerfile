@@ -7,33 +7,36 @@
 # both stages: the virtual environment leads back to the interpreter that made it.
 ARG BASE_IMAGE=python:3.11.14-slim-bookworm
 
-FROM ${BASE_IMAGE} AS build
+FROM ${BASE_IMAGE} AS dependencies
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONHASHSEED=0
+WORKDIR /src
+COPY requirements.lock requirements-build.lock ./
+# The package itself goes beside the environment: a change of it is a small layer to push and pull,
+# and leaves this one, of several gigabytes, alone.
+RUN python3 -m venv /opt/venv && python3 -m venv /opt/build \
+    && /opt/build/bin/pip install --require-hashes --requirement requirements-build.lock \
+    && /opt/venv/bin/pip install --no-deps --require-hashes --requirement requirements.lock \
+    && /opt/build/bin/pip --python /opt/venv/bin/python uninstall --yes pip \
+    && echo /opt/t5-serve/package > "$(/opt/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/t5-serve.pth"
+
+
+FROM dependencies AS build
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONHASHSEED=0
-WORKDIR /src
-
-# Dependencies before the package: a change of the package leaves their layer alone.
-COPY requirements.lock requirements-build.lock ./
-RUN python3 -m venv /opt/venv && python3 -m venv /opt/build \
-    && /opt/build/bin/pip install --require-hashes --requirement requirements-build.lock \
-    && /opt/venv/bin/pip install --no-deps --require-hashes --requirement requirements.lock
-
 COPY pyproject.toml README.md LICENSE ./
 COPY serve_app serve_app
 RUN /opt/build/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /dist . \
-    && /opt/venv/bin/pip install --no-deps /dist/*.whl \
+    && /opt/build/bin/pip --python /opt/venv/bin/python install --no-deps \
+        --target /opt/t5-serve/package /dist/*.whl \
     # The engine's kernels are compiled here: the image that runs has no compiler.
-    && cd / && /opt/venv/bin/python -m serve_app.engine.native \
-    && /opt/venv/bin/pip uninstall --yes pip
+    && cd / && /opt/venv/bin/python -m serve_app.engine.native
 
 # A hub model for `model.name: /opt/t5-serve/model`; without one there is the demo model only.
 ARG HUB_MODEL=""
 ARG HUB_REVISION=""
-RUN mkdir -p /opt/t5-serve \
-    && if [ -n "$HUB_MODEL" ]; then \
+RUN if [ -n "$HUB_MODEL" ]; then \
         HF_HOME=/tmp/hub /opt/venv/bin/python -c 'import shutil, sys; from serve_app.engine.checkpoint import resolve; shutil.copytree(resolve(sys.argv[1], sys.argv[2] or None).path, "/opt/t5-serve/model")' "$HUB_MODEL" "$HUB_REVISION" \
         && rm -rf /tmp/hub; \
     fi
@@ -48,12 +51,12 @@ RUN apt-get update \
     && groupadd --gid 1000 t5 \
     && useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /bin/bash t5
 
-COPY --from=build /opt/venv /opt/venv
+COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=build /opt/t5-serve /opt/t5-serve
 
 # HOME: with a read-only root, /tmp is what can be written to.
 # LD_LIBRARY_PATH: where GKE's device plugin mounts the GPU driver.
-ENV PATH=/opt/venv/bin:$PATH \
+ENV PATH=/opt/venv/bin:/opt/t5-serve/package/bin:$PATH \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -19,7 +19,7 @@ BASE_IMAGE ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint start-time lock image chart chart-tools demo-data demo-train demo-eval bench-engine bench-precision
+.PHONY: help run test test-cluster cluster-up cluster-down lint start-time lock image chart chart-tools demo-data demo-train demo-eval bench-engine bench-precision
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,15 @@ run: $(VENV)/.installed ## the service on the demo model, with its page (ARGS: t
 
 test: lint chart-tools ## everything: lint, types, unit and integration tests
 	$(BIN)/pytest $(ARGS)
+
+test-cluster: $(VENV)/.installed chart-tools ## a real Kubernetes cluster on this machine, and its tests (root, go)
+	$(BIN)/pytest tests/cluster --timeout=1200 -x $(ARGS)
+
+cluster-up: $(VENV)/.installed chart-tools ## that cluster, with the image and the operator's, to use by hand
+	@$(BIN)/python -m tests.cluster up
+
+cluster-down: $(VENV)/.installed ## stop it and remove what it made
+	@$(BIN)/python -m tests.cluster down
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff check .

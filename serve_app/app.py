@@ -6,7 +6,7 @@ not see what queues at an ingress replica, only what queues in front of the Summ
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from ray import serve
 from ray.serve import Application
@@ -16,14 +16,16 @@ from serve_app.config import ServiceSettings
 from serve_app.summarizer import Summarizer
 
 
-def build(args: ServiceSettings) -> Application:
+def build(args: ServiceSettings | dict[str, Any]) -> Application:
     """Build the application. Use as `serve_app.app:build` in a Serve config or with `serve run`.
 
     Raises:
-        pydantic.ValidationError: from Serve, before this is called, on unknown or bad settings.
+        pydantic.ValidationError: on unknown or bad settings.
     """
-    settings = args.model_dump(mode="json")
-    replicas, api = args.replicas, args.api
+    # Serve hands over the plain `args` of a config: it does not see through deferred annotations.
+    checked = ServiceSettings.model_validate(args)
+    settings = checked.model_dump(mode="json")
+    replicas, api = checked.replicas, checked.api
     summarizer = cast(serve.Deployment, serve.deployment(Summarizer)).options(
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         autoscaling_config={

@@ -328,3 +328,16 @@ def test_the_autoscaler_sees_pods_that_hold_their_replicas_and_no_others(
     assert offered["headgroup"]["CPU"] == 0
     assert [name for name in offered if holds(name, "Api")] == ["api"]
     assert [name for name in offered if holds(name, "Summarizer")] == ["summarizer"]
+
+
+def test_serve_builds_the_application_from_plain_arguments(render: Render) -> None:
+    from ray.serve import Application
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    from serve_app.app import build
+
+    arguments = render().arguments
+    assert isinstance(call_user_app_builder_with_args_if_necessary(build, arguments), Application)
+    arguments["engine"]["speed"] = "high"
+    with pytest.raises(ValueError, match=r"engine\.speed"):
+        call_user_app_builder_with_args_if_necessary(build, arguments)

@@ -1,0 +1,3 @@
+module t5-serve/tests/cluster/pause
+
+go 1.26

@@ -1,0 +1,93 @@
+"""What dies under constant load, and what clients see of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.cluster import kube
+from tests.cluster.load import Load
+from tests.cluster.release import Release
+
+_RATE = 4.0
+_SETTLE_S = 5.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_replicas(release: Release) -> None:
+    """Of each deployment, so that one may die."""
+    release.upgrade("--set=summarizer.autoscaling_config.min_replicas=2")
+    kube.until("two engine replicas", lambda: len(kube.replicas("Summarizer")) == 2, 240)
+    kube.until("the service is up", kube.serving)
+
+
+@pytest.mark.parametrize("deployment", ["Summarizer", "Api"])
+def test_a_replica_is_killed(
+    release: Release, token: str, figure: Callable[[str, str], None], deployment: str
+) -> None:
+    before = kube.replicas(deployment)
+    victim = next(iter(before))
+    with Load(release.url, token, _RATE) as load:
+        time.sleep(_SETTLE_S)
+        pod, number = victim.split("/")
+        began = time.monotonic()
+        kube.execute(pod, "kill", "-9", number)
+        kube.until(
+            "another replica in its place",
+            lambda: len(now := kube.replicas(deployment)) == len(before) and victim not in now,
+            180,
+        )
+        took = time.monotonic() - began
+        kube.until("the service is up", kube.serving)
+    figure(f"{deployment} replica killed", f"replaced after {took:.0f} s, {load.summary()}")
+    assert load.failed == []
+
+
+@pytest.mark.parametrize("component", ["summarizer", "api"])
+def test_a_worker_pod_is_deleted(
+    release: Release, token: str, figure: Callable[[str, str], None], component: str
+) -> None:
+    victim, count = sorted(kube.names(kube.pods(component)))[0], len(kube.pods(component))
+    with Load(release.url, token, _RATE) as load:
+        time.sleep(_SETTLE_S)
+        began = time.monotonic()
+        kube.kubectl("delete", "pod", victim, "--wait=false")
+        kube.until(
+            "another ready pod in its place",
+            lambda: sum(kube.ready(pod) for pod in kube.pods(component)) == count,
+            240,
+        )
+        took = time.monotonic() - began
+        kube.kubectl("wait", f"pod/{victim}", "--for=delete", "--timeout=120s")
+        gone = time.monotonic() - began
+    figure(
+        f"{component} pod deleted",
+        f"replaced after {took:.0f} s, drained and gone after {gone:.0f} s, {load.summary()}",
+    )
+    assert load.failed == []
+
+
+def test_the_head_pod_is_killed(
+    release: Release, token: str, figure: Callable[[str, str], None]
+) -> None:
+    before, workers = kube.head(), kube.names(kube.pods("api") + kube.pods("summarizer"))
+    with Load(release.url, token, _RATE) as load:
+        time.sleep(_SETTLE_S)
+        began, since = time.monotonic(), load.now()
+        kube.kubectl("delete", "pod", before, "--grace-period=0", "--force")
+        kube.until("another head", lambda: kube.head() != before, 240)
+        head = kube.head()
+        kube.until("the head is ready", lambda: kube.ready(kube.get("pod", head)), 240)
+        kube.until("the service is up", kube.serving, 240)
+        took = time.monotonic() - began
+        time.sleep(_SETTLE_S)
+    assert kube.names(kube.pods("api") + kube.pods("summarizer")) == workers
+    figure(
+        "head pod killed, state in Redis",
+        f"back after {took:.0f} s, {load.summary()}, longest without an answer "
+        f"{load.gap(since):.1f} s",
+    )
+    # Workers serve without a head; counted above, and none is expected to fail.
+    assert len(load.failed) <= len(load.answers) // 100
