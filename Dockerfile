@@ -3,28 +3,37 @@
 #   make image                                                     # tag: version and commit
 #   docker build --build-arg HUB_MODEL=google-t5/t5-small .        # with a hub model inside
 #
-# BASE_IMAGE may be any Debian that has python3 (3.11 to 3.13) with its venv module, the same for
-# both stages: the virtual environment leads back to the interpreter that made it.
+# BASE_IMAGE may be any Debian that has python3 (3.11 to 3.13) with its venv module.
 ARG BASE_IMAGE=python:3.11.14-slim-bookworm
 
-FROM ${BASE_IMAGE} AS dependencies
+# What runs, but for the package itself: gigabytes that change only with the lock file, so that an
+# image of the next commit is a small layer to push and to pull.
+FROM ${BASE_IMAGE} AS runtime
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONHASHSEED=0
-WORKDIR /src
-COPY requirements.lock requirements-build.lock ./
-# The package itself goes beside the environment: a change of it is a small layer to push and pull,
-# and leaves this one, of several gigabytes, alone.
-RUN python3 -m venv /opt/venv && python3 -m venv /opt/build \
-    && /opt/build/bin/pip install --require-hashes --requirement requirements-build.lock \
-    && /opt/venv/bin/pip install --no-deps --require-hashes --requirement requirements.lock \
-    && /opt/build/bin/pip --python /opt/venv/bin/python uninstall --yes pip \
+# KubeRay's probes run bash and wget; the kernels want libgomp.
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        bash ca-certificates libgomp1 procps wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 1000 t5 \
+    && useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /bin/bash t5
+COPY requirements.lock /opt/venv/
+RUN python3 -m venv /opt/venv \
+    && PYTHONHASHSEED=0 /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check \
+        --no-deps --require-hashes --requirement /opt/venv/requirements.lock \
+    && /opt/venv/bin/pip uninstall --yes pip \
     && echo /opt/t5-serve/package > "$(/opt/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/t5-serve.pth"
 
 
-FROM dependencies AS build
+FROM runtime AS build
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONHASHSEED=0
+WORKDIR /src
+COPY requirements-build.lock ./
+RUN python3 -m venv /opt/build \
+    && /opt/build/bin/pip install --require-hashes --requirement requirements-build.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY serve_app serve_app
 RUN /opt/build/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /dist . \
@@ -42,16 +51,7 @@ RUN if [ -n "$HUB_MODEL" ]; then \
     fi
 
 
-FROM ${BASE_IMAGE}
-# KubeRay's probes run bash and wget; the kernels want libgomp.
-RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        bash ca-certificates libgomp1 procps wget \
-    && rm -rf /var/lib/apt/lists/* \
-    && groupadd --gid 1000 t5 \
-    && useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /bin/bash t5
-
-COPY --from=dependencies /opt/venv /opt/venv
+FROM runtime
 COPY --from=build /opt/t5-serve /opt/t5-serve
 
 # HOME: with a read-only root, /tmp is what can be written to.

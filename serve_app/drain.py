@@ -72,7 +72,9 @@ def _drain(address: str, timeout_s: int) -> None:
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 
     nodes = find_node_ids()
-    if len(nodes) != 1:
+    if not nodes:  # the autoscaler drained it, and only then has the pod deleted
+        return
+    if len(nodes) > 1:
         raise RuntimeError(f"must find one raylet in this pod, found {len(nodes)}")
     accepted, reason = GcsClient(address=address).drain_node(
         nodes.pop(),

@@ -114,8 +114,9 @@ def test_the_notes_warn_of_tokens_in_clear(helm: Helm, tmp_path: Path) -> None:
 def test_the_image_runs_as_nobody_in_particular_on_the_base_it_is_given() -> None:
     assert re.search(r"^ARG BASE_IMAGE=python:3\.\d+\.\d+-slim-\w+$", DOCKERFILE, re.MULTILINE)
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
-    assert bases == ["${BASE_IMAGE}", "dependencies", "${BASE_IMAGE}"]
-    run = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+    assert bases == ["${BASE_IMAGE}", "runtime", "runtime"]
+    build = DOCKERFILE[DOCKERFILE.index("AS build") : DOCKERFILE.rindex("\nFROM ")]
+    run = DOCKERFILE.replace(build, "")
     user = re.findall(r"^USER (\d+):(\d+)$", run, re.MULTILINE)
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert user == [(str(values["securityContext"]["runAsUser"]),) * 2]

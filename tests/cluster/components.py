@@ -29,6 +29,9 @@ HOME = ROOT / ".tools" / "cluster"  # everything that is built, kept or run
 BIN = HOME / "bin"
 HELM = ROOT / ".tools" / "bin" / "helm"
 
+# Of which the image takes most, CUDA's libraries being in it: built once, unpacked on two nodes.
+DISK = 45e9
+
 KUBERNETES = "v1.34.4"
 KUBERAY = "v1.6.2"
 KUBERAY_MODULE = "github.com/ray-project/kuberay/ray-operator"
@@ -136,6 +139,9 @@ def missing() -> list[str]:
         found.append("/sys/fs/cgroup cannot be written to: the kubelet needs control groups")
     elif subprocess.run(["unshare", "--mount", "--net", "--pid", "--fork", "true"]).returncode:
         found.append("namespaces cannot be made here")
+    free = shutil.disk_usage(ROOT).free
+    if not (HOME / "images").exists() and free < DISK:
+        found.append(f"{free / 1e9:.0f} GB are free on this disk, {DISK / 1e9:.0f} are needed")
     absent = [name for name, path in PACKAGES.items() if not Path(path).exists()]
     if absent:
         found.append(f"Debian packages are missing: apt-get install {' '.join(absent)}")

@@ -159,5 +159,10 @@ def release(operator: None, gpu_node: None, image: str) -> Release:
 
 @pytest.fixture(scope="session")
 def token(release: Release) -> str:
-    """A client's."""
-    return release.tokens("create", "tester")
+    """A client's, once the service knows it: the mounted Secret reaches pods a little later."""
+    made = release.tokens("create", "tester")
+    until("a summary", lambda: release.ask(made).status_code == 200, 120)
+    release.first_summary = time.monotonic() - release.began
+    # Each replica follows the Secret by itself.
+    until("all know the token", lambda: release.always(made, 200), 120)
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,11 +97,11 @@ def _have(name: str, build: Callable[[str], None]) -> None:
         build(name)
     say(f"loading {name} …")
     machine.forget(name.rpartition(":")[0])
-    # A layout keeps its layers from one image to the next, so that only new ones are written.
     layout = _STORE / "layout"
-    (layout / "index.json").unlink(missing_ok=True)
+    shutil.rmtree(layout, ignore_errors=True)
     _buildah("push", "--quiet", "--disable-compression", name, f"oci:{layout}:{name}")
     machine.load(layout)
+    shutil.rmtree(layout)
     _stamp(name).touch()
     say(f"loaded {name}")
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
+
 from tests.cluster.components import ROOT
 from tests.cluster.kube import NAMESPACE, RELEASE, get, helm, run
+from tests.cluster.load import TEXT
 from tests.cluster.network import NODES
 
 GPU_NODE = NODES[1].name
@@ -22,6 +25,7 @@ class Release:
         self.image = image
         self.began = 0.0
         self.took = 0.0
+        self.first_summary = 0.0
 
     def arguments(self, *more: object, image: str | None = None) -> list[object]:
         """Of `helm install` and `helm upgrade`."""
@@ -45,3 +49,13 @@ class Release:
         """`t5-serve tokens …`, the real command."""
         found = run(ROOT / ".venv/bin/t5-serve", "tokens", *command, "--secret", _SECRET)
         return found.strip()
+
+    def ask(self, token: str | None) -> httpx.Response:
+        """For a summary."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        url = f"{self.url}/v1/summarize"
+        return httpx.post(url, json={"text": TEXT}, headers=headers, timeout=60)
+
+    def always(self, token: str, status: int) -> bool:
+        """Whether that is the status of several requests, each with a connection of its own."""
+        return [self.ask(token).status_code for _ in range(8)] == [status] * 8

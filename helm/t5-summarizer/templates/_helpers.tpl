@@ -316,8 +316,11 @@ places the replicas of a deployment in this group and nowhere else.
 {{- $root := .root -}}
 {{- $workers := .config.workers -}}
 - groupName: {{ .component }}
-  # The API server's default, written out: a comparison with the cluster then finds no difference.
+  # What the API server and the operator write by themselves, written out: a comparison with the
+  # cluster then finds no difference, and the operator does not become the owner of this list, with
+  # whom the next `helm upgrade` would be in conflict.
   numOfHosts: 1
+  scaleStrategy: {}
   {{- include "t5.groupSize" . | nindent 2 }}
   rayStartParams: {}
   resources:
