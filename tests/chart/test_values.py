@@ -69,7 +69,7 @@ def value(path: str, given: Any) -> Object:
         ("api.replicas", 0, "want 1"),
         ("api.workers.resources.requests.cpu", "two", "pattern"),
         ("summarizer.autoscaling_config.max_replicas", 0, "want 1"),
-        ("summarizer.autoscaling_config.look_back_period_s", 0, "want 0"),
+        ("summarizer.autoscaling_config.look_back_period_s", 10, "want 10"),
         ("summarizer.max_surge_percent", 101, "want 100"),
         ("summarizer.gpu.resourceName", "gpu", "pattern"),
         ("image.digest", "sha256:12", "pattern"),
