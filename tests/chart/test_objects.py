@@ -472,3 +472,12 @@ def test_no_secret_of_the_chart_has_content(ci_release: Rendered) -> None:
     for secret in ci_release.all("Secret"):
         assert not {"data", "stringData"} & set(secret)
         assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+
+
+def test_the_account_outlives_a_release_whose_state_is_in_redis(render: Render) -> None:
+    # KubeRay's clean-up Job runs under it after the release is gone.
+    keep = "helm.sh/resource-policy"
+    fault_tolerant = {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379"}}
+    kept = render(fault_tolerant).one("ServiceAccount")["metadata"]["annotations"]
+    assert kept == {keep: "keep"}
+    assert "annotations" not in render().one("ServiceAccount")["metadata"]

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import httpx
 
+from tests.cluster import machine
 from tests.cluster.components import BIN, HELM
 from tests.cluster.daemons import KUBECONFIG
+from tests.cluster.network import DNS
 
 NAMESPACE = "t5"
 RELEASE = "t5-summarizer"
@@ -167,3 +169,9 @@ def replicas(deployment: str) -> dict[str, str]:
             if title.startswith(f"ray::ServeReplica:t5-serve:{deployment}"):
                 found[f"{pod}/{number}"] = pod
     return found
+
+
+def redis_keys() -> list[str]:
+    """What KubeRay and Ray keep in Redis."""
+    told = machine.inside("redis-cli", "-h", DNS, "keys", "*").stdout
+    return told.split()
