@@ -43,7 +43,7 @@ test: lint chart-tools ## everything: lint, types, unit and integration tests
 	$(BIN)/pytest $(ARGS)
 
 test-cluster: $(VENV)/.installed chart-tools ## a real Kubernetes cluster on this machine, and its tests (root, go)
-	$(BIN)/pytest tests/cluster --timeout=1200 -x $(ARGS)
+	$(BIN)/pytest tests/cluster --timeout=1200 --capture=no --verbose --exitfirst $(ARGS)
 
 cluster-up: $(VENV)/.installed chart-tools ## that cluster, with the image and the operator's, to use by hand
 	@$(BIN)/python -m tests.cluster up

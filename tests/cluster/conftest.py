@@ -145,6 +145,10 @@ def gpu_node(cluster: None) -> None:
 def release(operator: None, gpu_node: None, image: str) -> Release:
     """Installed into a namespace that enforces the strictest Pod Security level."""
     made = Release(image)
+    if f"namespace/{NAMESPACE}" in kubectl("get", "namespaces", "--output=name").split():
+        pytest.fail(
+            f"namespace {NAMESPACE} is there already: helm uninstall, then delete it", pytrace=False
+        )
     kubectl("create", "namespace", NAMESPACE, namespace="default")
     kubectl(
         "label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted",

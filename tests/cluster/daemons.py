@@ -54,14 +54,13 @@ class Daemon:
 _daemons: list[Daemon] = []
 
 
-def _start(name: str, *command: str | Path, **environment: str) -> None:
+def _start(name: str, *command: str | Path) -> None:
     log = open(LOGS / f"{name}.log", "ab")  # noqa: SIM115 (the child's)
     process = subprocess.Popen(
         [str(part) for part in command],
         stdout=log,
         stderr=log,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
     )
     _daemons.append(Daemon(name, process))
 
@@ -137,7 +136,6 @@ def _control_plane() -> None:
         "--listen-client-urls", "http://127.0.0.1:2379",
         "--advertise-client-urls", "http://127.0.0.1:2379",
         "--listen-peer-urls", "http://127.0.0.1:2380",
-        ETCD_UNSUPPORTED_ARCH="",
     )  # fmt: skip
     _until("etcd", lambda: _answers("http://127.0.0.1:2379/health"))
     _start(
