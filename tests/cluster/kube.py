@@ -66,8 +66,10 @@ def items(kind: str, selector: str = INSTANCE) -> list[Object]:
 
 
 def pods(component: str | None = None) -> list[Object]:
-    """Pods of the release that are not being deleted."""
-    more = f",app.kubernetes.io/component={component}" if component else ""
+    """Pods of the cluster that serves, but for those that are being deleted."""
+    more = f",ray.io/cluster={active_cluster()}"
+    if component:
+        more += f",app.kubernetes.io/component={component}"
     return [p for p in items("pods", INSTANCE + more) if "deletionTimestamp" not in p["metadata"]]
 
 
@@ -143,8 +145,7 @@ def running_replicas(deployment: str) -> int:
 
 def head() -> str:
     """Name of the active cluster's head pod."""
-    cluster = active_cluster()
-    [pod] = [p for p in pods("head") if p["metadata"]["labels"]["ray.io/cluster"] == cluster]
+    [pod] = pods("head")
     name: str = pod["metadata"]["name"]
     return name
 

@@ -73,19 +73,8 @@ def test_a_new_image_builds_a_new_cluster(
             420,
         )
         took = time.monotonic() - began
-        kube.until(
-            "the old cluster is gone",
-            lambda: (
-                {p["metadata"]["labels"]["ray.io/cluster"] for p in kube.items("pods")}
-                == {kube.active_cluster()}
-            ),
-            240,
-        )
-        gone = time.monotonic() - began
     release.image = other
     images = {c["image"] for p in kube.pods() for c in p["spec"]["containers"]}
     assert images == {other}
-    figure(
-        "new image", f"serves after {took:.0f} s, old one gone after {gone:.0f} s, {load.summary()}"
-    )
+    figure("new image", f"serves after {took:.0f} s, {load.summary()}")
     assert load.failed == []
