@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.cluster import components, images, machine
+from tests.cluster import components, daemons, images, machine
 from tests.cluster.images import start
 
 
@@ -24,7 +24,7 @@ def main() -> int:
     start()
     images.operator()
     print(images.application())
-    print(f"export KUBECONFIG={machine.KUBECONFIG} PATH={components.BIN}:$PATH")
+    print(f"export KUBECONFIG={daemons.KUBECONFIG} PATH={components.BIN}:$PATH")
     return 0
 
 

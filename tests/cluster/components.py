@@ -128,6 +128,11 @@ def kuberay_config() -> Path:
     return Path(found.stdout.strip()) / "config"
 
 
+def absent() -> list[str]:
+    """Debian packages that are not here."""
+    return [name for name, path in PACKAGES.items() if not Path(path).exists()]
+
+
 def missing() -> list[str]:
     """Why this machine cannot run the cluster; empty if it can."""
     found = []
@@ -142,7 +147,6 @@ def missing() -> list[str]:
     free = shutil.disk_usage(ROOT).free
     if not (HOME / "images").exists() and free < DISK:
         found.append(f"{free / 1e9:.0f} GB are free on this disk, {DISK / 1e9:.0f} are needed")
-    absent = [name for name, path in PACKAGES.items() if not Path(path).exists()]
-    if absent:
-        found.append(f"Debian packages are missing: apt-get install {' '.join(absent)}")
+    if packages := absent():
+        found.append(f"Debian packages are missing: apt-get install {' '.join(packages)}")
     return found

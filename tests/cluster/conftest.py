@@ -93,7 +93,7 @@ def image(cluster: None) -> str:
 def operator(cluster: None) -> None:
     """KubeRay's, with its own manifests and rights."""
     images.operator()
-    folder = machine.HOME / "operator"
+    folder = components.HOME / "operator"
     folder.mkdir(exist_ok=True)
     config = os.path.relpath(components.kuberay_config(), folder)
     name, _, version = images.OPERATOR.rpartition(":")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from tests.cluster import components, daemons
-from tests.cluster.components import HOME, ROOT
+from tests.cluster.components import ROOT
 from tests.cluster.network import (
     BRIDGE_NETWORK,
     INNER_LINK,
@@ -21,6 +21,7 @@ from tests.cluster.network import (
     NODES,
     OUTSIDE,
     SERVICES,
+    Node,
 )
 from tests.cluster.say import say
 
@@ -104,7 +105,7 @@ def load(layout: Path) -> None:
     imports = [
         subprocess.Popen(
             ["bash", "-o", "pipefail", "-c",
-             f"{command} | {enter} ctr --address {node.socket} -n k8s.io images import -"],
+             f"{command} | {enter} {' '.join(_images(node))} import -"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for node in NODES
@@ -117,28 +118,28 @@ def load(layout: Path) -> None:
 
 def has_image(name: str) -> bool:
     """Whether all nodes have it."""
-    return all(
-        name in inside("ctr", "--address", node.socket, "-n", "k8s.io", "images", "ls", "-q")
-        .stdout.split()
-        for node in NODES
-    )  # fmt: skip
+    return all(name in _names(node) for node in NODES)
 
 
 def forget(repository: str) -> None:
     """Remove this repository's images: each takes gigabytes."""
     for node in NODES:
-        ctr = ("ctr", "--address", node.socket, "-n", "k8s.io", "images")
-        old = [n for n in inside(*ctr, "ls", "-q").stdout.split() if n.startswith(f"{repository}:")]
-        if old:
-            inside(*ctr, "rm", *old)
+        if old := [name for name in _names(node) if name.startswith(f"{repository}:")]:
+            inside(*_images(node), "rm", *old)
 
 
 def tag(name: str, other: str) -> None:
     """Another name for an image."""
     for node in NODES:
-        inside(
-            "ctr", "--address", node.socket, "-n", "k8s.io", "images", "tag", "--force", name, other
-        )
+        inside(*_images(node), "tag", "--force", name, other)
+
+
+def _images(node: Node) -> list[str]:
+    return ["ctr", "--address", node.socket, "-n", "k8s.io", "images"]
+
+
+def _names(node: Node) -> list[str]:
+    return inside(*_images(node), "ls", "-q").stdout.split()
 
 
 def _link(inner: int) -> None:
@@ -185,8 +186,3 @@ def _remove_cgroup(group: Path) -> None:
         except OSError:  # its last process is not quite gone
             time.sleep(0.1)
     say(f"cannot be removed: {group}")
-
-
-KUBECONFIG = daemons.KUBECONFIG
-LOGS = daemons.LOGS
-__all__ = ["HOME", "KUBECONFIG", "LOGS", "down", "has_image", "inside", "load", "running", "up"]

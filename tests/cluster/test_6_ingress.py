@@ -83,10 +83,8 @@ def edge(release: Release, figure: Callable[[str, str], None]) -> Iterator[httpx
         lambda: kube.kubectl("get", "virtualserver", kube.RELEASE, state) == "Valid",
     )
     figure("ingress switched on (a new cluster)", f"{time.monotonic() - began:.0f} s")
-    service = kube.run(
-        kube.BIN / "kubectl", "--namespace", CONTROLLER, "get", "service",
-        f"{CONTROLLER}-controller", "--output=jsonpath={.spec.clusterIP}",
-    )  # fmt: skip
+    address = "--output=jsonpath={.spec.clusterIP}"
+    service = _controller("get", "service", f"{CONTROLLER}-controller", address)
     with httpx.Client(base_url=f"http://{service}", headers={"Host": HOST}, timeout=60) as client:
         yield client
 
