@@ -6,6 +6,7 @@
 | KubeRay operator, its CRDs and roles | 1.6.2 | Go module `github.com/ray-project/kuberay/ray-operator` |
 | CoreDNS | 1.15.0 | Go module `github.com/coredns/coredns` |
 | OCI registry | 3.1.2 | Go module `github.com/distribution/distribution/v3` |
+| Argo CD (`make test-delivery` only) | 3.2.6 | Go module `github.com/argoproj/argo-cd/v3` |
 | Helm | as in the Makefile | Go module `helm.sh/helm/v4` (`make chart-tools`) |
 | etcd, containerd, runc, CNI plugins, iptables, buildah, debootstrap, Redis | Debian's | `PACKAGES` |
 
@@ -35,6 +36,8 @@ DISK = 45e9
 KUBERNETES = "v1.34.4"
 KUBERAY = "v1.6.2"
 KUBERAY_MODULE = "github.com/ray-project/kuberay/ray-operator"
+ARGOCD = "v3.2.6"
+ARGOCD_MODULE = "github.com/argoproj/argo-cd/v3"
 
 # Debian package: a program or file by which it is known to be there.
 PACKAGES = {
@@ -109,6 +112,14 @@ COMPONENTS = (
 )
 
 
+ARGOCD_COMPONENT = Component(
+    "argocd",
+    (f"{ARGOCD_MODULE}/cmd",),
+    f"-s -w -X {ARGOCD_MODULE}/common.version={ARGOCD.removeprefix('v')}",
+    {f"{ARGOCD_MODULE}/cmd": "argocd"},
+)
+
+
 def build() -> None:
     """All components."""
     BIN.mkdir(parents=True, exist_ok=True)
@@ -118,14 +129,23 @@ def build() -> None:
 
 def kuberay_config() -> Path:
     """KubeRay's own manifests: CRDs, roles and the operator's Deployment."""
+    return _source("kuberay", KUBERAY_MODULE) / "config"
+
+
+def argocd_manifests() -> Path:
+    """Argo CD's own manifests."""
+    return _source("argocd", ARGOCD_MODULE) / "manifests"
+
+
+def _source(folder: str, module: str) -> Path:
     found = subprocess.run(
-        ["go", "list", "-m", "-f", "{{.Dir}}", KUBERAY_MODULE],
-        cwd=HERE / "go" / "kuberay",
+        ["go", "list", "-m", "-f", "{{.Dir}}", module],
+        cwd=HERE / "go" / folder,
         check=True,
         capture_output=True,
         text=True,
     )
-    return Path(found.stdout.strip()) / "config"
+    return Path(found.stdout.strip())
 
 
 def absent() -> list[str]:

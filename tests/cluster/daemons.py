@@ -39,6 +39,7 @@ LOGS = RUN / "logs"
 READY = RUN / "ready"
 KUBECONFIG = RUN / "kubeconfig"
 CERTIFICATES = RUN / "certificates"
+REGISTRIES = RUN / "registries"  # containerd's certs.d: how to reach a registry
 PAUSE_IMAGE = "t5.local/pause:1"
 _SERVER = f"https://{INSIDE}:{API_PORT}"
 
@@ -215,6 +216,8 @@ address = "{node.socket}"
 sandbox_image = "{PAUSE_IMAGE}"
 restrict_oom_score_adj = true
 enable_unprivileged_ports = true
+[plugins."io.containerd.grpc.v1.cri".registry]
+config_path = "{REGISTRIES}"
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "/usr/lib/cni"
 conf_dir = "{RUN / "cni"}"

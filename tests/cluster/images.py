@@ -17,8 +17,10 @@ from tests.cluster.say import say
 
 OPERATOR = f"t5.local/kuberay-operator:{KUBERAY}"
 REPOSITORY = "t5.local/t5-serve"
-_BASE = "localhost/t5-base:bookworm"
+ARGOCD_IMAGE = f"t5.local/argocd:{components.ARGOCD}"
+BASE = "localhost/t5-base:bookworm"
 _STORE = HOME / "buildah"
+STORE_OPTIONS = ("--root", str(_STORE / "storage"), "--runroot", str(_STORE / "run"))
 _BUILT_FROM = (
     "Dockerfile",
     ".dockerignore",
@@ -29,11 +31,10 @@ _BUILT_FROM = (
 )
 
 
-def _buildah(*arguments: str | Path) -> str:
-    command = ["buildah", "--root", _STORE / "storage", "--runroot", _STORE / "run", *arguments]
-    found = subprocess.run(
-        [str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True
-    )
+def buildah(*arguments: str | Path) -> str:
+    """Output of buildah, on the harness' own store."""
+    command = ["buildah", *STORE_OPTIONS, *map(str, arguments)]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return found.stdout.strip()
 
 
@@ -99,7 +100,7 @@ def _have(name: str, build: Callable[[str], None]) -> None:
     machine.forget(name.rpartition(":")[0])
     layout = _STORE / "layout"
     shutil.rmtree(layout, ignore_errors=True)
-    _buildah("push", "--quiet", "--disable-compression", name, f"oci:{layout}:{name}")
+    buildah("push", "--quiet", "--disable-compression", name, f"oci:{layout}:{name}")
     machine.load(layout)
     shutil.rmtree(layout)
     _stamp(name).touch()
@@ -111,31 +112,56 @@ def _stamp(name: str) -> Path:
 
 
 def _stored(name: str) -> bool:
-    return bool(_buildah("images", "--quiet", "--filter", f"reference={name}"))
+    return bool(buildah("images", "--quiet", "--filter", f"reference={name}"))
 
 
 def _from_binary(name: str, binary: Path, target: str) -> None:
-    container = _buildah("from", "scratch")
-    _buildah("copy", "--quiet", "--chmod", "0755", container, binary, target)
-    _buildah("config", "--entrypoint", f'["{target}"]', "--user", "65532:65532", container)
-    _buildah("commit", "--quiet", "--rm", container, name)
+    container = buildah("from", "scratch")
+    buildah("copy", "--quiet", "--chmod", "0755", container, binary, target)
+    buildah("config", "--entrypoint", f'["{target}"]', "--user", "65532:65532", container)
+    buildah("commit", "--quiet", "--rm", container, name)
+
+
+def argocd() -> str:
+    """Argo CD's, with git, Helm and Redis."""
+    components.ARGOCD_COMPONENT.build()
+    _have(ARGOCD_IMAGE, _build_argocd)
+    return ARGOCD_IMAGE
+
+
+def _build_argocd(name: str) -> None:
+    context = _STORE / "argocd"
+    context.mkdir(exist_ok=True)
+    shutil.copy(BIN / "argocd", context)
+    shutil.copy(components.HELM, context)
+    dockerfile = components.HERE / "delivery" / "argocd.Dockerfile"
+    _build(name, context, f"--file={dockerfile}")
+    shutil.rmtree(context)
 
 
 def _build_application(name: str) -> None:
-    if not _stored(_BASE):
+    _build(name, ROOT)
+
+
+def _build(name: str, context: Path, *more: str) -> None:
+    if not _stored(BASE):
         _build_base()
     say(f"building {name} …")
-    with open(_log("image"), "w") as log:
+    with open(_log(name.rpartition("/")[2].partition(":")[0]), "w") as log:
         subprocess.run(
-            [
-                "buildah", "--root", _STORE / "storage", "--runroot", _STORE / "run", "build",
-                "--format=docker", "--isolation=chroot", "--network=host", "--layers",
-                *_lent(),
-                f"--build-arg=BASE_IMAGE={_BASE}", f"--tag={name}", ".",
-            ],
-            cwd=ROOT, check=True, stdout=log, stderr=log,
+            ["buildah", *STORE_OPTIONS, "build", "--format=docker", *build_options(),
+             f"--tag={name}", *more, context],
+            check=True, stdout=log, stderr=log,
         )  # fmt: skip
     say(f"built {name}")
+
+
+def build_options() -> list[str]:
+    """What a build needs on this machine, whose only base is our own."""
+    return [
+        "--isolation=chroot", "--network=host", "--layers",
+        *_lent(), f"--build-arg=BASE_IMAGE={BASE}",
+    ]  # fmt: skip
 
 
 def _lent() -> list[str]:
@@ -173,8 +199,8 @@ def _build_base() -> None:
             ],
             check=True, stdout=log, stderr=log,
         )  # fmt: skip
-    container = _buildah("from", "scratch")
-    _buildah("add", "--quiet", container, folder, "/")
-    _buildah("commit", "--quiet", "--rm", container, _BASE)
+    container = buildah("from", "scratch")
+    buildah("add", "--quiet", container, folder, "/")
+    buildah("commit", "--quiet", "--rm", container, BASE)
     subprocess.run(["rm", "-rf", folder], check=True)
     say("built the Debian base")

@@ -117,6 +117,10 @@
 {{- end -}}
 {{- end -}}
 
+{{- if and $values.smokeTest.enabled (ne $mode "off") (not $values.smokeTest.tokenSecret.name) -}}
+{{- $errors = append $errors "smokeTest.tokenSecret.name: required with smokeTest.enabled, is empty" -}}
+{{- end -}}
+
 {{- if $errors -}}
 {{- fail (printf "values:\n  %s" (join "\n  " $errors)) -}}
 {{- end -}}
