@@ -19,11 +19,12 @@ BASE_IMAGE ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-cluster cluster-up cluster-down lint start-time lock image chart chart-tools demo-data demo-train demo-eval bench-engine bench-precision
+.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools demo-data demo-train demo-eval bench-engine bench-precision
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+CLUSTER_TESTS := --timeout=1200 --capture=no --verbose --exitfirst
 KERNELS := $(wildcard serve_app/engine/native/*.cpp serve_app/engine/native/*.h)
 
 $(VENV)/.installed: requirements-dev.lock pyproject.toml $(KERNELS)
@@ -43,7 +44,10 @@ test: lint chart-tools ## everything: lint, types, unit and integration tests
 	$(BIN)/pytest $(ARGS)
 
 test-cluster: $(VENV)/.installed chart-tools ## a real Kubernetes cluster on this machine, and its tests (root, go)
-	$(BIN)/pytest tests/cluster --timeout=1200 --capture=no --verbose --exitfirst $(ARGS)
+	$(BIN)/pytest tests/cluster --ignore=tests/cluster/delivery $(CLUSTER_TESTS) $(ARGS)
+
+test-delivery: $(VENV)/.installed chart-tools ## from a push to a served summary, with Argo CD, on that cluster
+	$(BIN)/pytest tests/cluster/delivery $(CLUSTER_TESTS) $(ARGS)
 
 cluster-up: $(VENV)/.installed chart-tools ## that cluster, with the image and the operator's, to use by hand
 	@$(BIN)/python -m tests.cluster up
@@ -69,6 +73,9 @@ lock: $(VENV)/.installed ## the lock files from pyproject.toml
 	sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml | $(UV) pip compile --quiet --universal \
 		--generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
 		--python-version 3.11 - --output-file requirements-build.lock
+	printf 'httpx\npyyaml\n' | $(UV) pip compile --quiet --universal --generate-hashes \
+		--no-emit-index-url --custom-compile-command "make lock" --constraint requirements-dev.lock \
+		--python-version 3.11 - --output-file requirements-deploy.lock
 
 # Told apart by version and commit, and the same commit gives the same times inside.
 image: COMMIT = $(shell git rev-parse --short=12 HEAD)$(shell git diff --quiet HEAD || echo -dirty)

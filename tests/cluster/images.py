@@ -97,12 +97,13 @@ def _have(name: str, build: Callable[[str], None]) -> None:
     if not _stored(name):
         build(name)
     say(f"loading {name} …")
-    machine.forget(name.rpartition(":")[0])
     layout = _STORE / "layout"
     shutil.rmtree(layout, ignore_errors=True)
     buildah("push", "--quiet", "--disable-compression", name, f"oci:{layout}:{name}")
     machine.load(layout)
     shutil.rmtree(layout)
+    # Not before: layers that the images share are there already.
+    machine.forget_others(name)
     _stamp(name).touch()
     say(f"loaded {name}")
 

@@ -121,10 +121,12 @@ def has_image(name: str) -> bool:
     return all(name in _names(node) for node in NODES)
 
 
-def forget(repository: str) -> None:
-    """Remove this repository's images: each takes gigabytes."""
+def forget_others(name: str) -> None:
+    """Remove the repository's other images: each takes gigabytes."""
+    repository = name.rpartition(":")[0]
     for node in NODES:
-        if old := [name for name in _names(node) if name.startswith(f"{repository}:")]:
+        others = [one for one in _names(node) if one.startswith(f"{repository}:")]
+        if old := [one for one in others if one != name]:
             inside(*_images(node), "rm", *old)
 
 

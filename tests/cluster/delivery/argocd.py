@@ -42,9 +42,9 @@ def install() -> None:
         argocd("rollout", "status", workload, "--timeout=240s")
 
 
-def argocd(*arguments: object) -> str:
+def argocd(*arguments: object, text: str | None = None) -> str:
     """kubectl in Argo CD's namespace."""
-    return kube.kubectl(*arguments, namespace=NAMESPACE)
+    return kube.kubectl(*arguments, text=text, namespace=NAMESPACE)
 
 
 def server() -> str:

@@ -1,12 +1,13 @@
 """What lies outside the cluster: a registry in place of Artifact Registry, git in place of GitHub.
 
-Both are the real programs, in the cluster's network, and go with it.
+Both are the real programs, in the cluster's network.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.cluster.components import BIN, ROOT
 from tests.cluster.daemons import LOGS, REGISTRIES, RUN
 from tests.cluster.network import DNS
 
-REGISTRY = f"{DNS}:5000"
+REGISTRY = DNS  # at port 443: Argo CD takes no port in the address of a chart repository
 IMAGES = f"{REGISTRY}/t5/images/t5-serve"
 CHARTS = f"{REGISTRY}/t5/charts"
 GIT = f"git://{DNS}/t5-serve.git"
@@ -64,8 +65,13 @@ def commit(files: dict[str, str], message: str) -> str:
 
 def tags(repository: str) -> set[str]:
     """Of a repository of the registry, such as `t5/images/t5-serve`."""
-    answer = httpx.get(f"https://{REGISTRY}/v2/{repository}/tags/list", verify=str(CERTIFICATE))
+    answer = _registry(f"/v2/{repository}/tags/list")
     return set(answer.json().get("tags") or []) if answer.status_code == 200 else set()
+
+
+def _registry(path: str) -> httpx.Response:
+    trust = ssl.create_default_context(cafile=CERTIFICATE)
+    return httpx.get(f"https://{REGISTRY}{path}", verify=trust)
 
 
 def _run(*arguments: str) -> str:
@@ -78,7 +84,11 @@ def _run(*arguments: str) -> str:
 def _inside(name: str, *command: str | Path) -> subprocess.Popen[bytes]:
     with open(LOGS / f"{name}.log", "ab") as log:
         return subprocess.Popen(
-            ["nsenter", f"--target={machine.running()}", "--mount", "--net", "--pid", *command],
+            [
+                # They end with the tests, however these end.
+                "nsenter", f"--target={machine.running()}", "--mount", "--net",
+                "setpriv", "--pdeathsig=TERM", *command,
+            ],
             stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             env={**os.environ, "OTEL_TRACES_EXPORTER": "none"},
         )  # fmt: skip
@@ -103,7 +113,7 @@ def _certificate() -> None:
 def _registry_settings() -> Path:
     path = RUN / "registry.yaml"
     http = {
-        "addr": REGISTRY,
+        "addr": f"{REGISTRY}:443",
         "tls": {"certificate": str(CERTIFICATE), "key": str(RUN / "registry.key")},
     }
     storage = {"filesystem": {"rootdirectory": str(RUN / "registry")}}
@@ -132,7 +142,7 @@ def _until_it_answers() -> None:
     end = time.monotonic() + 30
     while True:
         try:
-            httpx.get(f"https://{REGISTRY}/v2/", verify=str(CERTIFICATE)).raise_for_status()
+            _registry("/v2/").raise_for_status()
             return
         except httpx.HTTPError:
             if time.monotonic() > end:
