@@ -25,7 +25,6 @@ command=(
     --enable-image-streaming              # pods start before the whole image is there
     --disk-type pd-ssd --disk-size 100
     --workload-metadata GKE_METADATA
-    --shielded-integrity-monitoring
     --max-surge-upgrade 1 --max-unavailable-upgrade 0
 )
 # GKE itself taints GPU nodes with nvidia.com/gpu:NoSchedule. Spot nodes get a taint of ours, so that
