@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -83,8 +84,9 @@ def report(s: Settings, key_file: str | None) -> str:
         for name, value in variables.items()
     ]
     if key_file:
-        lines += [f"gh secret set GCP_SERVICE_ACCOUNT_KEY --repo {s.repository} < {key_file}"]
-        lines += [f"rm {key_file}"]
+        quoted = shlex.quote(key_file)
+        lines += [f"gh secret set GCP_SERVICE_ACCOUNT_KEY --repo {s.repository} < {quoted}"]
+        lines += [f"rm {quoted}"]
     lines += [
         "",
         "Values of helm/t5-summarizer",

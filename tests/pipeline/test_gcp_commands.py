@@ -94,6 +94,18 @@ def test_gcloud_takes_every_command(all_commands: list[list[str]], tmp_path: Pat
     assert {shlex.join(line): said for line, said in zip(lines, answers, strict=True) if said} == {}
 
 
+def test_gcloud_takes_what_the_page_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs/google-cloud.md").read_text().splitlines()
+    lines = [
+        shlex.split(line.replace("PROJECT", "my-project"))
+        for line in page
+        if line.startswith("gcloud ")
+    ]
+    assert len(lines) > 15
+    answers = gcloud_parser(lines, tmp_path)
+    assert {shlex.join(line): said for line, said in zip(lines, answers, strict=True) if said} == {}
+
+
 def test_gcloud_refuses_what_is_mistyped(tmp_path: Path) -> None:
     complaints = {
         "gcloud artifacts repositories describe images --loction=x": "--loction",

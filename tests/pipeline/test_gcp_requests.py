@@ -67,12 +67,13 @@ def caught() -> Iterator[Caught]:
 
 @pytest.fixture
 def send(caught: Caught, tmp_path: Path) -> Any:
-    if shutil.which("gcloud") is None:
+    gcloud = shutil.which("gcloud")
+    if gcloud is None:
         pytest.skip("gcloud is not installed: it builds the requests that are looked at")
     token = tmp_path / "token"
     token.write_text("none")
     environment = {
-        "PATH": "/usr/bin:/bin",
+        "PATH": f"{Path(gcloud).parent}:/usr/bin:/bin",
         "HOME": str(tmp_path),
         "CLOUDSDK_CONFIG": str(tmp_path),
         "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(token),

@@ -128,7 +128,9 @@ def test_the_ingress_names_this_address() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_filter_finds_the_services_own_lines(settings: Settings) -> None:
+async def test_the_filter_finds_the_services_own_lines(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = request_filter(settings)
     assert (ROOT / REQUEST_LOGS).read_text().startswith("--")
     assert "--" not in written
@@ -149,12 +151,13 @@ async def test_the_filter_finds_the_services_own_lines(settings: Settings) -> No
 
     async def nothing(*_: Any) -> Any: ...
 
-    configure_logging(LogSettings())
     logger = logging.getLogger("serve_app")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logger.level)
     lines = io.StringIO()
-    [handler] = logger.handlers
-    assert isinstance(handler, logging.StreamHandler)
-    handler.setStream(lines)
+    monkeypatch.setattr("sys.stderr", lines)
+    configure_logging(LogSettings())
     telemetry = SimpleNamespace(request=lambda *_: None)
     scope = {"type": "http", "method": "POST", "headers": []}
     await RequestMiddleware(app, telemetry, echo_request_id=False)(scope, nothing, nothing)  # type: ignore[arg-type]
