@@ -133,7 +133,7 @@ def test_a_restart_makes_a_new_cluster(first: Served, pipeline: Pipeline) -> Non
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("crashes", "CrashLoopBackOff|back-off|Error"),
+        ("crashes", "pods of the new image failed"),
         ("does-not-deploy", "DEPLOY_FAILED|this release is broken"),
     ],
 )
