@@ -109,10 +109,12 @@ class ArgoCD:
 
     def _exchanged(self) -> str:
         """GitHub's token for one of Argo CD's (RFC 8693, by its Dex)."""
-        request = os.environ["ACTIONS_ID_TOKEN_REQUEST_URL"]
+        # It has a query of its own.
+        request = httpx.URL(os.environ["ACTIONS_ID_TOKEN_REQUEST_URL"])
+        request = request.copy_merge_params({"audience": self.url})
         bearer = {"Authorization": f"Bearer {os.environ['ACTIONS_ID_TOKEN_REQUEST_TOKEN']}"}
         try:
-            own = httpx.get(request, params={"audience": self.url}, headers=bearer, timeout=30)
+            own = httpx.get(request, headers=bearer, timeout=30)
             answer = self._client.post(
                 "/api/dex/token",
                 auth=("argo-cd-cli", ""),

@@ -150,17 +150,26 @@ def _build(name: str, context: Path, *more: str) -> None:
     say(f"building {name} …")
     with open(_log(name.rpartition("/")[2].partition(":")[0]), "w") as log:
         subprocess.run(
-            ["buildah", *STORE_OPTIONS, "build", "--format=docker", *build_options(),
+            ["buildah", *STORE_OPTIONS, "build", "--format=docker", "--layers", *build_options(),
              f"--tag={name}", *more, context],
             check=True, stdout=log, stderr=log,
         )  # fmt: skip
     say(f"built {name}")
 
 
+def storage_settings() -> Path:
+    """containers-storage.conf(5), for programs that are to use the harness' own store."""
+    path = _STORE / "storage.conf"
+    folders = {"graphroot": _STORE / "storage", "runroot": _STORE / "run"}
+    lines = ("[storage]", 'driver = "overlay"', *(f'{k} = "{v}"' for k, v in folders.items()))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def build_options() -> list[str]:
     """What a build needs on this machine, whose only base is our own."""
     return [
-        "--isolation=chroot", "--network=host", "--layers",
+        "--isolation=chroot", "--network=host",
         *_lent(), f"--build-arg=BASE_IMAGE={BASE}",
     ]  # fmt: skip
 

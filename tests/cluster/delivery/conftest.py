@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from tests.cluster import kube
+from tests.cluster import images, kube
 from tests.cluster.components import HELM, ROOT
 from tests.cluster.delivery import argocd, edges
 from tests.cluster.release import Release
@@ -43,6 +43,7 @@ class Pipeline:
             # As on a runner: programs of this environment, Helm, and trust in the registry.
             "PATH": f"{os.path.dirname(sys.executable)}:{HELM.parent}:{os.environ['PATH']}",
             "SSL_CERT_FILE": str(edges.CERTIFICATE),
+            "CONTAINERS_STORAGE_CONF": str(images.storage_settings()),
             "ARGOCD_SERVER": argocd.server(),
             "ARGOCD_AUTH_TOKEN": self.token,
             **more,

@@ -3,57 +3,59 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
+from tests.cluster import images
 from tests.cluster.delivery import edges
 from tests.cluster.delivery.conftest import Pipeline
-from tests.cluster.images import buildah
 
+NAME = "localhost/t5-release"
 _BREAK = {
     # Ray itself does not start: the head's container crashes.
-    "crashes": ("/opt/venv/bin/ray", "#!/bin/sh\necho broken >&2\nexit 1\n"),
+    "crashes": "RUN printf '#!/bin/sh\\nexit 1\\n' > /opt/venv/bin/ray",
     # Ray starts, Serve cannot import the application.
     "does-not-deploy": (
-        "/opt/t5-serve/package/serve_app/app.py",
-        "raise RuntimeError('this release is broken')\n",
+        "RUN echo 'raise RuntimeError(\"this release is broken\")' "
+        "> /opt/t5-serve/package/serve_app/app.py"
     ),
 }
 
 
-def push(pipeline: Pipeline, image: str) -> str:
-    """An image of the store to the registry, as a release does it. Gives it by digest."""
-    layout = Path(pipeline.folder) / "image"
-    buildah("push", "--quiet", "--disable-compression", image, f"oci:{layout}:release")
-    tag = image.rpartition(":")[2]
-    told = pipeline.script("push-image", f"{edges.IMAGES}:{tag}", LAYOUT=str(layout))
+def release(pipeline: Pipeline, name: str, dockerfile: str | None = None) -> str:
+    """Build and push as the workflow does. Gives the image by digest.
+
+    Args:
+        pipeline: with its scripts.
+        name: what this release is told apart by; an image says it of itself, so each has a digest
+            of its own though they were built from one commit.
+        dockerfile: instead of the project's.
+    """
+    layout = Path(pipeline.folder) / name
+    context = {}
+    if dockerfile:
+        folder = Path(pipeline.folder) / f"{name}-context"
+        folder.mkdir()
+        (folder / "Dockerfile").write_text(dockerfile)
+        context = {"CONTEXT": str(folder)}
+    pipeline.script(
+        "build-image", "--label", f"release={name}", *images.build_options(),
+        IMAGE=NAME, LAYOUT=str(layout), UNCOMPRESSED="1", **context,
+    )  # fmt: skip
+    told = pipeline.script("push-image", f"{edges.IMAGES}:{name}", LAYOUT=str(layout))
+    shutil.rmtree(layout)  # gigabytes
     return told.split()[-1]
+
+
+def broken(pipeline: Pipeline, name: str) -> str:
+    """One that builds and is pushed, but cannot serve. Gives it by digest."""
+    lines = (f"FROM {images.application()}", "USER root", _BREAK[name], "USER 1000:1000")
+    return release(pipeline, name, "\n".join(lines) + "\n")
 
 
 def chart(pipeline: Pipeline) -> str:
     """The chart to the registry. Gives its version."""
-    told = pipeline.script("push-chart", edges.CHARTS)
-    return told.split()[-1]
-
-
-def changed(image: str, name: str) -> str:
-    """The same under another commit: what an image says of itself is part of its digest."""
-    container = buildah("from", "--pull-never", image)
-    buildah("config", "--label", f"org.opencontainers.image.revision={name}", container)
-    buildah("commit", "--quiet", "--rm", container, f"{image}-{name}")
-    return f"{image}-{name}"
-
-
-def broken(image: str, name: str) -> str:
-    """One that builds and is pushed, but cannot serve."""
-    path, text = _BREAK[name]
-    container = buildah("from", "--pull-never", image)
-    mounted = Path(buildah("mount", container)) / path.removeprefix("/")
-    mode = mounted.stat().st_mode
-    mounted.write_text(text)
-    mounted.chmod(mode)
-    buildah("umount", container)
-    buildah("commit", "--quiet", "--rm", container, f"{image}-{name}")
-    return f"{image}-{name}"
+    return pipeline.script("push-chart", edges.CHARTS).split()[-1]
 
 
 def last_error(told: str, reason: str) -> bool:

@@ -39,7 +39,7 @@ def first(
     """The first release."""
     served = Served(smoke_token)
     began = time.monotonic()
-    served.image = releases.push(pipeline, image)
+    served.image = releases.release(pipeline, "first")
     pushed = time.monotonic()
     served.chart = releases.chart(pipeline)
     served.values = values()
@@ -48,8 +48,8 @@ def first(
     answer = served.release.ask(smoke_token)
     assert answer.status_code == 200, answer.text
     figure(
-        "from the built image to the first summary",
-        f"{time.monotonic() - began:.0f} s, of which pushing the image {pushed - began:.0f} s",
+        "from a commit to the first summary",
+        f"{time.monotonic() - began:.0f} s, of which the image {pushed - began:.0f} s",
     )
     return served
 
@@ -80,12 +80,12 @@ def test_a_change_by_hand_is_taken_back(first: Served) -> None:
 
 
 def test_the_next_release_replaces_the_first_without_a_failed_request(
-    first: Served, pipeline: Pipeline, image: str, figure: Callable[[str, str], None]
+    first: Served, pipeline: Pipeline, figure: Callable[[str, str], None]
 ) -> None:
     old = kube.active_cluster()
     began = time.monotonic()
     with Load(first.release.url, first.token, _RATE) as load:
-        made = releases.push(pipeline, releases.changed(image, "next"))
+        made = releases.release(pipeline, "next")
         pushed = time.monotonic()
         assert made != first.image
         told = pipeline.deploy(made, first.values, f"--chart-version={first.chart}")
@@ -96,7 +96,7 @@ def test_the_next_release_replaces_the_first_without_a_failed_request(
     assert f"now: {first.image}" in told
     figure(
         "next release",
-        f"pushed in {pushed - began:.0f} s, deployed in {took:.0f} s, {load.summary()}",
+        f"built and pushed in {pushed - began:.0f} s, deployed in {took:.0f} s, {load.summary()}",
     )
     assert load.failed == []
     first.image = made
@@ -140,14 +140,13 @@ def test_a_restart_makes_a_new_cluster(first: Served, pipeline: Pipeline) -> Non
 def test_a_broken_image_is_rolled_back(
     first: Served,
     pipeline: Pipeline,
-    image: str,
     figure: Callable[[str, str], None],
     name: str,
     reason: str,
 ) -> None:
     cluster = kube.active_cluster()
     with Load(first.release.url, first.token, _RATE) as load:
-        broken = releases.push(pipeline, releases.broken(image, name))
+        broken = releases.broken(pipeline, name)
         began = time.monotonic()
         told = pipeline.deploy(broken, first.values, f"--chart-version={first.chart}", ok=False)
         took = time.monotonic() - began
