@@ -4,8 +4,9 @@
 #   CLUSTER=my-cluster LOCATION=europe-west4 kuberay/gpu-node-pool.sh          # prints the command
 #   CLUSTER=my-cluster LOCATION=europe-west4 kuberay/gpu-node-pool.sh --run    # runs it
 #
-# Also from the environment: POOL, ACCELERATOR, MACHINE_TYPE, MAX, ZONES (comma-separated), and SPOT=1
-# for spot nodes, which go with `summarizer.gpu.spot: true` in the chart's values.
+# Also from the environment: PROJECT, POOL, ACCELERATOR, MACHINE_TYPE, MAX, ZONES (comma-separated),
+# SERVICE_ACCOUNT (the nodes'), and SPOT=1 for spot nodes, which go with `summarizer.gpu.spot: true` in
+# the chart's values. gcp/bootstrap calls it, too.
 set -euo pipefail
 
 : "${CLUSTER:?CLUSTER: name of the GKE cluster}" "${LOCATION:?LOCATION: its region or zone}"
@@ -33,6 +34,12 @@ if [ "${SPOT:-0}" = 1 ]; then
 fi
 if [ -n "${ZONES:-}" ]; then
     command+=(--node-locations "$ZONES")
+fi
+if [ -n "${SERVICE_ACCOUNT:-}" ]; then
+    command+=(--service-account "$SERVICE_ACCOUNT")
+fi
+if [ -n "${PROJECT:-}" ]; then
+    command+=(--project "$PROJECT")
 fi
 
 if [ "${1:-}" = --run ]; then

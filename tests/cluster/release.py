@@ -15,7 +15,6 @@ GPU_NODE = NODES[1].name
 NGINX_CRDS = ROOT.parent / "shared" / "crds" / "nginx-ingress"
 CHART = ROOT / "helm" / "t5-summarizer"
 VALUES = (CHART / "ci" / "cpu-minimal-values.yaml", Path(__file__).parent / "values.yaml")
-_SECRET = f"{NAMESPACE}/{RELEASE}-tokens"
 
 
 class Release:
@@ -45,10 +44,10 @@ class Release:
         address = get("service", f"{RELEASE}-serve-svc")["spec"]["clusterIP"]
         return f"http://{address}:8000"
 
-    def tokens(self, *command: str) -> str:
-        """`t5-serve tokens …`, the real command."""
-        found = run(ROOT / ".venv/bin/t5-serve", "tokens", *command, "--secret", _SECRET)
-        return found.strip()
+    def tokens(self, *command: str, secret: str = "tokens") -> str:
+        """`t5-serve tokens …`, the real command; NGINX has its own Secret, `api-keys`."""
+        where = f"{NAMESPACE}/{RELEASE}-{secret}"
+        return run(ROOT / ".venv/bin/t5-serve", "tokens", *command, "--secret", where).strip()
 
     def ask(self, token: str | None) -> httpx.Response:
         """For a summary."""

@@ -29,17 +29,12 @@ CONTROLLER_CHART = os.environ.get("T5_NGINX_INGRESS_CHART", "")
 HOST = "summarize.example.com"
 CONTROLLER = "nginx-ingress"
 BODY_LIMIT = 100_000
-_SECRET = f"{kube.NAMESPACE}/{kube.RELEASE}-api-keys"
 
 pytestmark = pytest.mark.skipif(
     not (IMAGE and CONTROLLER_CHART and NGINX_CRDS.is_dir()),
     reason="needs the ingress controller: T5_NGINX_INGRESS_IMAGE, T5_NGINX_INGRESS_CHART and its "
     "CRDs; without it the same directives are tested in a plain NGINX (tests/chart/test_nginx.py)",
 )
-
-
-def _tokens(*command: str) -> str:
-    return kube.run(ROOT / ".venv/bin/t5-serve", "tokens", *command, "--secret", _SECRET).strip()
 
 
 def _controller(*arguments: object) -> str:
@@ -90,9 +85,9 @@ def edge(release: Release, figure: Callable[[str, str], None]) -> Iterator[httpx
 
 
 @pytest.fixture(scope="module")
-def key(edge: httpx.Client) -> str:
+def key(edge: httpx.Client, release: Release) -> str:
     """Of a client, once NGINX knows it."""
-    token = _tokens("create", "shop")
+    token = release.tokens("create", "shop", secret="api-keys")
     kube.until("NGINX knows the key", lambda: _ask(edge, token).status_code == 200, 60)
     return token
 
@@ -168,8 +163,8 @@ def test_a_large_body(edge: httpx.Client, key: str) -> None:
     )
 
 
-def test_each_client_has_its_own_rate(edge: httpx.Client, key: str) -> None:
-    other = _tokens("create", "job")
+def test_each_client_has_its_own_rate(edge: httpx.Client, key: str, release: Release) -> None:
+    other = release.tokens("create", "job", secret="api-keys")
     kube.until("NGINX knows the key", lambda: _ask(edge, other).status_code == 200, 60)
     _rest()
     answers = [_ask(edge, key) for _ in range(8)]
@@ -202,9 +197,9 @@ def test_streams_are_not_buffered(edge: httpx.Client, key: str) -> None:
     assert events[0][0] - sent < (events[-1][0] - sent) / 2
 
 
-def test_a_revoked_key(edge: httpx.Client, key: str) -> None:
+def test_a_revoked_key(edge: httpx.Client, key: str, release: Release) -> None:
     _rest()
-    _tokens("revoke", "shop")
+    release.tokens("revoke", "shop", secret="api-keys")
     kube.until("NGINX forgot the key", lambda: _ask(edge, key).status_code == 403, 60, every=3)
 
 

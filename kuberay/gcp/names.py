@@ -1,0 +1,10 @@
+"""What the project's resources are called. Other files name some of them, too: see the tests."""
+
+IMAGES, CHARTS = "images", "charts"
+IMAGE = "t5-serve"
+CI, NODES, ARGOCD, DNS = "t5-ci", "t5-nodes", "t5-argocd", "t5-dns"
+POOL, PROVIDER = "github", "t5-serve"
+NETWORK = SUBNET = ROUTER = NAT = "t5"
+ADDRESS = "t5-address"
+GPU_POOL = "t5-l4"
+DATASET, SINK = "t5_requests", "t5-requests"
