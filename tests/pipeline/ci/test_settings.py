@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from kuberay.gcp.cli import report
+from kuberay.gcp.settings import Settings
 from tests.pipeline.ci.conftest import Pipeline
 
 PROVIDER = "projects/123456789012/locations/global/workloadIdentityPools/github/providers/t5-serve"
@@ -133,3 +137,17 @@ def test_secrets_are_not_shown(pipeline: Pipeline) -> None:
     for settings in ({}, BASE):
         done = pipeline.script("check-settings", **{**settings, **secrets})
         assert "s3cret" not in done.stdout + done.stderr + str(pipeline.outputs())
+
+
+@pytest.mark.parametrize(("key", "auth"), [(None, "wif"), ("key.json", "key")])
+def test_what_bootstrap_says_is_what_is_wanted(
+    pipeline: Pipeline, settings: Settings, key: str | None, auth: str
+) -> None:
+    told = report(settings, key).replace("$PROJECT_NUMBER", "123456789012")
+    given = dict(re.findall(r"^gh variable set (\w+) .* --body (\S+)$", told, re.MULTILINE))
+    given |= dict.fromkeys(re.findall(r"^gh secret set (\w+) ", told, re.MULTILINE), "set")
+    done = pipeline.script("check-settings", **given, ARGOCD_AUTH_TOKEN="set")
+    assert done.returncode == 0, done.stderr
+    outputs = pipeline.outputs()
+    assert outputs["auth"] == auth
+    assert f"repository: {outputs['image']}\n" in told
