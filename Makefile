@@ -6,25 +6,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV = $(shell command -v uv || echo .tools/bin/uv)
 MINUTES ?= 100
-# The chart's tools and what its objects are checked against; all of them Go modules.
+# The tools of chart and workflows, and what the chart's objects are checked against; all of them Go
+# modules.
 HELM_VERSION := v4.3.1
 HELM_DOCS_VERSION := v1.14.2
+ACTIONLINT_VERSION := v1.7.12
 KUBERAY_VERSION := v1.6.2
 KUBERNETES_VERSION := v1.34.4
 PROMETHEUS_OPERATOR_VERSION := v0.92.1
 CHART := helm/t5-summarizer
 IMAGE ?= t5-serve
 BUILDER ?= docker
-BASE_IMAGE ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools demo-data demo-train demo-eval bench-engine bench-precision
+.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval bench-engine bench-precision
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 CLUSTER_TESTS := --timeout=1200 --capture=no --verbose --exitfirst
+SHELL_SCRIPTS = $(shell grep --files-with-matches --dereference-recursive --max-count=1 '^#!.*bash' .ci scripts kuberay)
 KERNELS := $(wildcard serve_app/engine/native/*.cpp serve_app/engine/native/*.h)
 
 $(VENV)/.installed: requirements-dev.lock pyproject.toml $(KERNELS)
@@ -55,10 +57,11 @@ cluster-up: $(VENV)/.installed chart-tools ## that cluster, with the image and t
 cluster-down: $(VENV)/.installed ## stop it and remove what it made
 	@$(BIN)/python -m tests.cluster down
 
-lint: $(VENV)/.installed ## ruff and mypy
+lint: $(VENV)/.installed ## ruff, mypy and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SHELL_SCRIPTS)
 
 start-time: $(VENV)/.installed ## seconds from start to the first summary
 	@$(BIN)/t5-serve run --once
@@ -77,15 +80,8 @@ lock: $(VENV)/.installed ## the lock files from pyproject.toml
 		--no-emit-index-url --custom-compile-command "make lock" --constraint requirements-dev.lock \
 		--python-version 3.11 - --output-file requirements-deploy.lock
 
-# Told apart by version and commit, and the same commit gives the same times inside.
-image: COMMIT = $(shell git rev-parse --short=12 HEAD)$(shell git diff --quiet HEAD || echo -dirty)
-image: VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' serve_app/__init__.py)
-image: EPOCH = $(shell git log -1 --format=%ct)
-image: ## the container image, tagged with version and commit (BUILDER: buildah, podman)
-	SOURCE_DATE_EPOCH=$(EPOCH) $(BUILDER) build --tag $(IMAGE):$(VERSION)-$(COMMIT) \
-		$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
-		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(COMMIT) \
-		--build-arg CREATED=$$(date --utc --date=@$(EPOCH) +%Y-%m-%dT%H:%M:%SZ) $(ARGS) .
+image: ## the container image, tagged with version and commit (BUILDER: docker, podman, buildah)
+	@LAYOUT=none BUILDER=$(BUILDER) IMAGE=$(IMAGE) scripts/build-image $(ARGS)
 
 chart: chart-tools ## the chart's README and kuberay/rayservice.yaml, from its values
 	.tools/bin/helm-docs --chart-search-root $(CHART) --log-level warning
@@ -93,14 +89,29 @@ chart: chart-tools ## the chart's README and kuberay/rayservice.yaml, from its v
 		--show-only templates/serviceaccount.yaml --show-only templates/rayservice.yaml \
 		| sed -e '/helm.sh.chart:/d' -e '/managed-by: Helm/d' -e '/^# Source:/d' > kuberay/rayservice.yaml
 
-chart-tools: ## helm, helm-docs and schemas for the tests of the chart (needs go; without it they skip)
+chart-tools: ## helm, helm-docs, schemas and actionlint for the tests (needs go; without it they skip)
 	@if command -v go >/dev/null; then \
 		$(MAKE) --no-print-directory .tools/helm-$(HELM_VERSION) .tools/helm-docs-$(HELM_DOCS_VERSION) \
+			.tools/actionlint-$(ACTIONLINT_VERSION) \
 			.tools/schemas-$(KUBERAY_VERSION)-$(KUBERNETES_VERSION)-$(PROMETHEUS_OPERATOR_VERSION); \
 	else echo "no go here: without helm the tests of the chart are skipped"; fi
 
+helm: .tools/helm-$(HELM_VERSION) ## that helm alone
+
+deploy-tools: .tools/deploy/.installed ## what scripts/deploy imports
+
+.tools/deploy/.installed: requirements-deploy.lock
+	$(PYTHON) -m venv --clear .tools/deploy
+	.tools/deploy/bin/pip install --quiet --disable-pip-version-check --require-hashes \
+		--requirement requirements-deploy.lock
+	@touch $@
+
 .tools/helm-v%:
 	GOBIN=$(CURDIR)/.tools/bin go install helm.sh/helm/v4/cmd/helm@v$*
+	@touch $@
+
+.tools/actionlint-v%:
+	GOBIN=$(CURDIR)/.tools/bin go install github.com/rhysd/actionlint/cmd/actionlint@v$*
 	@touch $@
 
 .tools/helm-docs-v%:

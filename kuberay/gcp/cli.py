@@ -85,7 +85,7 @@ def report(s: Settings, key_file: str | None) -> str:
     ]
     if key_file:
         quoted = shlex.quote(key_file)
-        lines += [f"gh secret set GCP_SERVICE_ACCOUNT_KEY --repo {s.repository} < {quoted}"]
+        lines += [f"gh secret set GCP_SA_KEY --repo {s.repository} < {quoted}"]
         lines += [f"rm {quoted}"]
     lines += [
         "",

@@ -240,7 +240,7 @@ def test_with_a_key_there_is_no_federation(cloud: Cloud) -> None:
     assert file.exists()
     assert not any("workload-identity-pools" in thing for thing in cloud.state()["things"])
     assert "GCP_WIF_PROVIDER" not in done.stdout
-    assert f"gh secret set GCP_SERVICE_ACCOUNT_KEY --repo owner/t5-serve < {file}" in done.stdout
+    assert f"gh secret set GCP_SA_KEY --repo owner/t5-serve < {file}" in done.stdout
     # The key is made once.
     assert cloud.bootstrap("--run", "--with-key", str(file)).returncode == 0
     assert cloud.changes() == []

@@ -144,13 +144,11 @@ def test_a_broken_image_is_rolled_back(
     name: str,
     reason: str,
 ) -> None:
-    cluster = kube.active_cluster()
     with Load(first.release.url, first.token, _RATE) as load:
         broken = releases.broken(pipeline, name)
         began = time.monotonic()
         told = pipeline.deploy(broken, first.values, f"--chart-version={first.chart}", ok=False)
         took = time.monotonic() - began
-        assert kube.active_cluster() == cluster
     assert releases.last_error(told, reason), told
     assert f"Rolled back: {first.image}, chart {first.chart} serves." in told
     assert first.running() == {first.image}
