@@ -8,7 +8,7 @@
 | OCI registry | 3.1.2 | Go module `github.com/distribution/distribution/v3` |
 | Argo CD (`make test-delivery` only) | 3.2.6 | Go module `github.com/argoproj/argo-cd/v3` |
 | Helm | as in the Makefile | Go module `helm.sh/helm/v4` (`make chart-tools`) |
-| etcd, containerd, runc, CNI plugins, iptables, buildah, debootstrap, Redis | Debian's | `PACKAGES` |
+| etcd, containerd, runc, CNI plugins, iptables, buildah, skopeo, debootstrap, Redis | Debian's | `PACKAGES` |
 
 Versions are pinned by the `go.mod` and `go.sum` in `go/`.
 """  # noqa: E501
@@ -49,6 +49,7 @@ PACKAGES = {
     "conntrack": "/usr/sbin/conntrack",
     "iproute2": "/usr/sbin/ip",
     "buildah": "/usr/bin/buildah",
+    "skopeo": "/usr/bin/skopeo",
     "debootstrap": "/usr/sbin/debootstrap",
     "redis-server": "/usr/bin/redis-server",
 }

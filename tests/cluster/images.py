@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,14 @@ def _have(name: str, build: Callable[[str], None]) -> None:
     say(f"loading {name} …")
     layout = _STORE / "layout"
     shutil.rmtree(layout, ignore_errors=True)
-    buildah("push", "--quiet", "--disable-compression", name, f"oci:{layout}:{name}")
+    # By skopeo: buildah compresses whatever it writes as a layout, for minutes.
+    subprocess.run(
+        [
+            "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
+            f"containers-storage:{name}", f"oci:{layout}:{name}",
+        ],
+        env={**os.environ, "CONTAINERS_STORAGE_CONF": str(storage_settings())}, check=True,
+    )  # fmt: skip
     machine.load(layout)
     shutil.rmtree(layout)
     # Not before: layers that the images share are there already.
