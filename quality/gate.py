@@ -124,7 +124,7 @@ def _gate(argv: Sequence[str]) -> int:
     except RunnerError as error:
         _write(arguments.report, json.dumps({"verdict": "failed", "error": str(error)}) + "\n")
         _summary(f"## Quality gate: failed\n\nThe runner: {error}\n")
-        _tell(f"failed: runner: {error}")
+        _fail(f"runner: {error}")
         return 1
     if arguments.measure:
         print(report.measured(rows, texts, name(rows)))
@@ -141,7 +141,7 @@ def _gate(argv: Sequence[str]) -> int:
         _tell(f"floors were measured with weights {bounds.weights}, these are others")
     failed = [one for one in found if not one.passed]
     for one in failed:
-        _tell(f"failed: {report.failure(one)}")
+        _fail(report.failure(one))
     _tell(f"{told['verdict']}, {told['model']['name']}; all figures are in {arguments.report}")
     return 1 if failed else 0
 
@@ -159,6 +159,12 @@ def _summary(text: str) -> None:
 
 def _tell(text: str) -> None:
     print(f"gate: {text}", file=sys.stderr, flush=True)
+
+
+def _fail(text: str) -> None:
+    # On GitHub it is an annotation of the run, too.
+    prefix = "::error::" if os.environ.get("GITHUB_ACTIONS") else ""
+    print(f"{prefix}gate: failed: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ class Rows:
         try:
             row = json.loads(line)
             if "model" in row:
-                self.model.update(row)
+                self.model.update(row, model=str(row["model"]), weights=str(row["weights"]))
                 return
             run = row["run"]
             if run not in RUNS:

@@ -63,12 +63,14 @@ def container(name: str) -> Iterator[tuple[Image, list[str]]]:
             [*buildah, "inspect", "--type", "container", "--format", kind, made],
             capture_output=True,
             text=True,
-            check=True,
-        ).stdout.split()
+        )
+        if told.returncode:
+            raise GateError(f"image {name!r}: {_last_line(told.stderr)}")
+        id_, _, digest = told.stdout.strip().partition(" ")
         # What is judged is in the image, so the hub is not asked.
         offline = ["--env", "HF_HUB_OFFLINE=1"]
         isolation = os.environ.get("BUILDAH_ISOLATION", "chroot")
-        image = Image(name, told[0], told[1] if len(told) > 1 else "")
+        image = Image(name, id_, digest)
         yield image, [*buildah, "run", "--isolation", isolation, *offline, made, "--", "python"]
     finally:
         subprocess.run([*buildah, "rm", made], stdout=subprocess.DEVNULL, check=False)
