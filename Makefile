@@ -20,7 +20,7 @@ BUILDER ?= docker
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval bench-engine bench-precision
+.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-precision
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -137,6 +137,9 @@ demo-train: $(VENV)/.installed ## train the demo model for MINUTES, resuming, an
 
 demo-eval: $(VENV)/.installed ## judge the demo model in the package
 	$(BIN)/python -m training.evaluate
+
+gate: $(VENV)/.installed ## judge engine and model (ARGS: --local, or an image in buildah's store; --help)
+	@scripts/gate $(or $(ARGS),--local)
 
 bench-engine: $(VENV)/.installed ## the engine against transformers and CTranslate2 (ARGS: --help)
 	$(BIN)/python -m bench.engine $(ARGS)

@@ -18,6 +18,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import T5ForConditionalGeneration
 
+from quality.scores import looping
 from serve_app.api.splitting import sentences
 from serve_app.engine.checkpoint import resolve
 from serve_app.engine.tokenizer import Tokenizer
@@ -50,11 +51,6 @@ def faithfulness(summary: str, source: str) -> float | None:
     said = content_words(summary)
     known = set(content_words(source))
     return sum(word in known for word in said) / len(said) if said else None
-
-
-def looping(text: str) -> bool:
-    """Whether a run of one to four words comes three times in a row."""
-    return re.search(r"\b(\w+(?:\W+\w+){0,3})(?:\W+\1\b){2}", text.lower()) is not None
 
 
 class Summaries:

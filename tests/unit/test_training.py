@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from training.data import Example, examples, long_description, part_of, split, stanzas
-from training.evaluate import faithfulness, looping
+from training.evaluate import faithfulness
 
 _TRANSLATION = """\
 Package: lampreader
@@ -84,16 +84,3 @@ def test_near_repeats_of_held_out_texts_are_not_trained_on() -> None:
 )
 def test_faithfulness_counts_content_words_by_stem(summary: str, share: float) -> None:
     assert faithfulness(summary, "A viewer that shows log files.") == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
-    ("text", "loops"),
-    [
-        ("Python 3 3 3 library", True),
-        ("for the s for the s for the s", True),
-        ("handling handling of files", False),
-        ("a viewer for files", False),
-    ],
-)
-def test_loops_are_seen(text: str, loops: bool) -> None:
-    assert looping(text) is loops
