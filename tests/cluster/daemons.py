@@ -257,7 +257,7 @@ def _kubelet(node: Node) -> None:
                 "resolvConf": str(resolv),
                 "podLogsDir": str(LOGS / f"pods-{node.name}"),
                 "volumePluginDir": str(folder / "volume-plugins"),
-                "evictionHard": {"memory.available": "200Mi", "nodefs.available": "1%"},
+                "evictionHard": {"memory.available": "200Mi", "nodefs.available": "200Mi"},
                 "imageGCHighThresholdPercent": 100,
                 "imageGCLowThresholdPercent": 99,
                 # How soon a mounted Secret follows its object; a minute by default.

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -46,6 +47,7 @@ class Pipeline:
             "CONTAINERS_STORAGE_CONF": str(images.storage_settings()),
             "ARGOCD_SERVER": argocd.server(),
             "ARGOCD_AUTH_TOKEN": self.token,
+            "GITHUB_OUTPUT": str(Path(self.folder, "outputs")),
             **more,
         }
         began = time.monotonic()
@@ -57,6 +59,10 @@ class Pipeline:
         if (done.returncode == 0) != ok:
             pytest.fail(f"scripts/{name}: exit status {done.returncode}\n{done.stdout}")
         return done.stdout
+
+    def built(self) -> str:
+        """Name of what `scripts/build-image` has built, as it tells the workflow."""
+        return Path(self.folder, "outputs").read_text().rpartition("name=")[2].splitlines()[0]
 
     def deploy(self, image: str, values: str, *more: str, ok: bool = True) -> str:
         """`scripts/deploy`, of an image and a commit of the values."""

@@ -20,28 +20,43 @@ _BREAK = {
         "> /opt/t5-serve/package/serve_app/app.py"
     ),
 }
+# A model that answers, and badly: its embeddings are no longer what it was trained with.
+DAMAGE = (
+    "RUN /opt/venv/bin/python -c 'import safetensors.torch as s; "
+    'path = "/opt/t5-serve/package/serve_app/demo_model/model.safetensors"; '
+    'weights = s.load_file(path); weights["shared.weight"].mul_(0.0); '
+    's.save_file(weights, path, {"format": "pt"})\''
+)
 
 
-def release(pipeline: Pipeline, name: str, dockerfile: str | None = None) -> str:
-    """Build and push as the workflow does. Gives the image by digest.
+def build(pipeline: Pipeline, name: str, layout: str, changes: str | None = None) -> None:
+    """`scripts/build-image`.
 
     Args:
         pipeline: with its scripts.
         name: what this release is told apart by; an image says it of itself, so each has a digest
             of its own though they were built from one commit.
-        dockerfile: instead of the project's.
+        layout: folder that is written; `none`: none is.
+        changes: lines of a Dockerfile that spoil the project's image; it stands for one built from
+            a commit that is as bad.
     """
-    layout = Path(pipeline.folder) / name
     context = {}
-    if dockerfile:
+    if changes:
         folder = Path(pipeline.folder) / f"{name}-context"
         folder.mkdir()
-        (folder / "Dockerfile").write_text(dockerfile)
+        lines = (f"FROM {images.application()}", "USER root", changes, "USER 1000:1000", "")
+        (folder / "Dockerfile").write_text("\n".join(lines))
         context = {"CONTEXT": str(folder)}
     pipeline.script(
         "build-image", "--label", f"release={name}", *images.build_options(),
-        IMAGE=NAME, LAYOUT=str(layout), UNCOMPRESSED="1", **context,
+        IMAGE=NAME, LAYOUT=layout, UNCOMPRESSED="1", **context,
     )  # fmt: skip
+
+
+def release(pipeline: Pipeline, name: str, changes: str | None = None) -> str:
+    """Build and push as the workflow does. Gives the image by digest."""
+    layout = Path(pipeline.folder) / name
+    build(pipeline, name, str(layout), changes)
     told = pipeline.script("push-image", f"{edges.IMAGES}:{name}", LAYOUT=str(layout))
     shutil.rmtree(layout)  # gigabytes
     return told.split()[-1]
@@ -49,8 +64,7 @@ def release(pipeline: Pipeline, name: str, dockerfile: str | None = None) -> str
 
 def broken(pipeline: Pipeline, name: str) -> str:
     """One that builds and is pushed, but cannot serve. Gives it by digest."""
-    lines = (f"FROM {images.application()}", "USER root", _BREAK[name], "USER 1000:1000")
-    return release(pipeline, name, "\n".join(lines) + "\n")
+    return release(pipeline, name, _BREAK[name])
 
 
 def chart(pipeline: Pipeline) -> str:

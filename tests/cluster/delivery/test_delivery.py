@@ -181,6 +181,21 @@ def test_a_failing_smoke_test_rolls_back(first: Served, pipeline: Pipeline) -> N
     assert first.release.ask(first.token).status_code == 200
 
 
+def test_a_model_that_fails_the_gate_is_not_pushed(
+    first: Served, pipeline: Pipeline, figure: Callable[[str, str], None]
+) -> None:
+    before = edges.tags("t5/images/t5-serve")
+    releases.build(pipeline, "bad-model", "none", releases.DAMAGE)
+    began = time.monotonic()
+    told = pipeline.script("gate", pipeline.built(), ok=False)
+    assert "gate: failed: greedy.rougeL" in told
+    # The workflow ends with the step that failed (tests/pipeline/ci): what it would push is not.
+    assert edges.tags("t5/images/t5-serve") == before
+    figure("the quality gate refuses a model", f"{time.monotonic() - began:.0f} s")
+    releases.build(pipeline, "good-model", "none")
+    pipeline.script("gate", pipeline.built())
+
+
 def test_wrong_credentials_end_early(first: Served, pipeline: Pipeline) -> None:
     told = pipeline.script(
         "deploy", f"--image={first.image}", f"--values-revision={first.values}",
