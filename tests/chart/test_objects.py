@@ -38,7 +38,7 @@ def nested(path: str, value: Any) -> Object:
 def containers(release: Rendered) -> list[tuple[str, Object, Object]]:
     """Name, pod spec and container of everything that will run."""
     pods = [(name, release.pod(name)) for name in ("head", "api", "summarizer")]
-    for kind in ("DaemonSet", "CronJob"):
+    for kind in ("DaemonSet", "CronJob", "Job"):
         for one in release.all(kind):
             spec = one["spec"]
             spec = spec["jobTemplate"]["spec"] if kind == "CronJob" else spec
@@ -481,3 +481,69 @@ def test_the_account_outlives_a_release_whose_state_is_in_redis(render: Render) 
     kept = render(fault_tolerant).one("ServiceAccount")["metadata"]["annotations"]
     assert kept == {keep: "keep"}
     assert "annotations" not in render().one("ServiceAccount")["metadata"]
+
+
+_SMOKE: Object = {"smokeTest": {"enabled": True, "tokenSecret": {"name": "smoke"}}}
+
+
+def smoke(release: Rendered) -> tuple[Object, str, dict[str, Object]]:
+    """The Job, its script and its environment."""
+    job = release.one("Job")
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    return job, container["command"][-1], {one["name"]: one for one in container["env"]}
+
+
+def test_the_smoke_test_follows_each_sync_and_answers_to_helm_test(render: Render) -> None:
+    job, _, _ = smoke(render(_SMOKE))
+    annotations = job["metadata"]["annotations"]
+    assert annotations["argocd.argoproj.io/hook"] == "PostSync"
+    assert annotations["helm.sh/hook"] == "test"
+    assert job["spec"]["backoffLimit"] == 0
+    assert render().all("Job") == []
+
+
+def test_the_smoke_test_asks_where_clients_ask(render: Render) -> None:
+    def address(values: Object) -> str:
+        return str(smoke(render(_SMOKE | values))[2]["T5_SERVE_URL"]["value"])
+
+    assert address({}) == "http://t5-t5-summarizer-serve-svc:8000"
+    assert address(INGRESS) == "http://summarize.example.com"
+    tls: Object = {"ingress": INGRESS["ingress"] | {"tls": {"secretName": "cert"}}}
+    assert address(tls) == "https://summarize.example.com"
+    other: Object = {"smokeTest": _SMOKE["smokeTest"] | {"url": "https://other.example.com"}}
+    assert address(INGRESS | other) == "https://other.example.com"
+
+
+def test_the_smoke_test_has_a_token_where_one_is_asked_for(
+    render: Render, refuse: Callable[..., str]
+) -> None:
+    _, script, environment = smoke(render(_SMOKE))
+    source = environment["T5_SERVE_TOKEN"]["valueFrom"]["secretKeyRef"]
+    assert source == {"name": "smoke", "key": "token"}
+    assert "without a valid token" in script
+    _, script, environment = smoke(render(_SMOKE | {"auth": {"mode": "off"}}))
+    assert "T5_SERVE_TOKEN" not in environment
+    assert "without a valid token" not in script
+    assert "smokeTest.tokenSecret.name" in refuse({"smokeTest": {"enabled": True}})
+
+
+def test_the_smoke_test_is_as_locked_as_the_rest(render: Render) -> None:
+    pods = {name: (pod, container) for name, pod, container in containers(render(_SMOKE))}
+    pod, container = pods["t5-t5-summarizer-smoke/smoke"]
+    head, head_container = pods["head/ray-head"]
+    assert pod["securityContext"] == head["securityContext"]
+    assert container["securityContext"] == head_container["securityContext"]
+    assert pod["automountServiceAccountToken"] is False
+    assert {"cpu", "memory"} <= set(container["resources"]["requests"])
+
+
+def test_argo_cd_makes_secrets_first_and_routes_last(render: Render) -> None:
+    def wave(one: Object) -> str:
+        return str(one["metadata"].get("annotations", {}).get("argocd.argoproj.io/sync-wave", "0"))
+
+    waves: dict[str, set[str]] = {}
+    for one in render(INGRESS).objects:
+        waves.setdefault(one["kind"], set()).add(wave(one))
+    assert waves["Secret"] == waves["Policy"] == {"-1"}
+    assert waves["RayService"] == {"0"}
+    assert waves["VirtualServer"] == {"1"}
