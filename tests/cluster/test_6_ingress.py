@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,11 @@ pytestmark = pytest.mark.skipif(
     not (IMAGE and CONTROLLER_CHART and NGINX_CRDS.is_dir()),
     reason="needs the ingress controller: T5_NGINX_INGRESS_IMAGE, T5_NGINX_INGRESS_CHART and its "
     "CRDs; without it the same directives are tested in a plain NGINX (tests/chart/test_nginx.py)",
+)
+
+_SETTINGS = (
+    f"--set=ingress.enabled=true,ingress.host={HOST},limits.body_bytes={BODY_LIMIT}",
+    "--set=ingress.rateLimit.rate=30r/m,ingress.rateLimit.burst=5",
 )
 
 
@@ -67,10 +73,7 @@ def edge(release: Release, figure: Callable[[str, str], None]) -> Iterator[httpx
     )  # fmt: skip
     _controller("rollout", "status", f"deployment/{CONTROLLER}-controller", "--timeout=180s")
     began = time.monotonic()
-    release.upgrade(
-        f"--set=ingress.enabled=true,ingress.host={HOST},limits.body_bytes={BODY_LIMIT}",
-        "--set=ingress.rateLimit.rate=30r/m,ingress.rateLimit.burst=5",
-    )
+    release.upgrade(*_SETTINGS)
     kube.until("the service is up", kube.serving, 420)
     state = "--output=jsonpath={.status.state}"
     kube.until(
@@ -209,3 +212,66 @@ def test_the_page_is_open_and_serves_own_paths_are_not(edge: httpx.Client) -> No
     assert "text/html" in page.headers["content-type"]
     assert edge.get("/-/routes").json()["type"] == "urn:t5-serve:problem:not-found"
     assert edge.get("/v1/models").status_code == 401
+
+
+def test_expired_keys_are_pruned(edge: httpx.Client, release: Release) -> None:
+    release.tokens("create", "brief", "--expires", "1m", secret="api-keys")
+    release.tokens("create", "steady", secret="api-keys")
+    time.sleep(61)
+    # What the CronJob does every five minutes.
+    kube.kubectl("create", "job", "prune-now", f"--from=cronjob/{kube.RELEASE}-tokens")
+    kube.kubectl("wait", "job/prune-now", "--for=condition=complete", "--timeout=120s")
+    left = json.loads(release.tokens("list", "--json", secret="api-keys"))
+    clients = {one["client"] for one in left}
+    assert "brief" not in clients
+    assert "steady" in clients
+
+
+def test_the_dashboard_needs_its_password(
+    edge: httpx.Client, release: Release, tmp_path: Path
+) -> None:
+    host = "ray.example.com"
+    made = subprocess.run(
+        ["openssl", "passwd", "-apr1", "secret"], check=True, capture_output=True, text=True
+    )
+    (tmp_path / "htpasswd").write_text(f"operator:{made.stdout}")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", f"/CN={host}", "-addext", f"subjectAltName=DNS:{host}",
+         "-keyout", tmp_path / "key", "-out", tmp_path / "crt"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    kube.kubectl(
+        "create", "secret", "generic", "ray-dashboard", "--type=nginx.org/htpasswd",
+        f"--from-file={tmp_path / 'htpasswd'}",
+    )  # fmt: skip
+    kube.kubectl(
+        "create",
+        "secret",
+        "tls",
+        "ray-tls",
+        f"--cert={tmp_path / 'crt'}",
+        f"--key={tmp_path / 'key'}",
+    )
+    cluster = kube.active_cluster()
+    release.upgrade(
+        *_SETTINGS,
+        f"--set=ingress.dashboard.enabled=true,ingress.dashboard.host={host}",
+        "--set=ingress.dashboard.basicAuthSecret=ray-dashboard,ingress.dashboard.tlsSecretName=ray-tls",
+    )
+    address = _controller(
+        "get", "service", f"{CONTROLLER}-controller", "--output=jsonpath={.spec.clusterIP}"
+    )
+    trust = ssl.create_default_context(cafile=tmp_path / "crt")
+    with httpx.Client(base_url=f"https://{address}", headers={"Host": host}, verify=trust) as ray:
+        names = {"sni_hostname": host}
+
+        def ask(**more: Any) -> int:
+            return ray.get("/", extensions=names, **more).status_code
+
+        kube.until("the route is there", lambda: ask() == 401, 60)
+        assert ask(auth=("operator", "wrong")) == 401
+        assert ask(auth=("operator", "secret")) == 200
+        plain = httpx.get(f"http://{address}/", headers={"Host": host})
+        assert (plain.status_code, plain.headers["location"]) == (308, f"https://{host}/")
+    assert kube.active_cluster() == cluster
