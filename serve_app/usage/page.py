@@ -133,7 +133,7 @@ _CHARTS: dict[str, Callable[[Table], str]] = {
     "calls_by_weekday_hour": _week,
     "success_per_hour": _success,
     "latency": _latency,
-    "throttled_calls": _per_client("throttled", "calls"),
+    "throttled_calls": _per_client("calls", "calls"),
     "rate_limit_candidates": _per_client("peak_per_minute", "calls a minute"),
     "top_clients": _per_client("calls", "calls"),
     "cost_per_client_day": _per_client("compute_seconds", "s"),

@@ -10,6 +10,6 @@ SELECT
   MIN(time) AS first_failure,
   MAX(time) AS last_failure
 FROM t5_requests.requests
-WHERE status IN (401, 403)
+WHERE auth_failure
 GROUP BY 1, 2, 3, 4, 5
 ORDER BY day, failures DESC, source, status, address;

@@ -16,11 +16,11 @@ SELECT
   day,
   route,
   COUNT(*) AS calls,
-  ROUND(MIN(p50), 1) AS p50_ms,
-  ROUND(MIN(p95), 1) AS p95_ms,
-  ROUND(MIN(p99), 1) AS p99_ms,
-  ROUND(MIN(queue_p95), 1) AS queue_p95_ms,
-  ROUND(MIN(compute_p95), 1) AS compute_p95_ms
+  ROUND(MIN(p50), 2) AS p50_ms,
+  ROUND(MIN(p95), 2) AS p95_ms,
+  ROUND(MIN(p99), 2) AS p99_ms,
+  ROUND(MIN(queue_p95), 2) AS queue_p95_ms,
+  ROUND(MIN(compute_p95), 2) AS compute_p95_ms
 FROM calls
 GROUP BY 1, 2
 ORDER BY day, route;

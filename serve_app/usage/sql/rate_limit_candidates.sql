@@ -6,7 +6,7 @@ WITH minutes AS (
     client,
     TIMESTAMP_TRUNC(time, MINUTE) AS minute,
     COUNT(*) AS calls,
-    COUNTIF(status = 429 OR error_type = 'overloaded') AS throttled
+    COUNTIF(throttled) AS throttled
   FROM t5_requests.requests
   WHERE is_call AND client IS NOT NULL
   GROUP BY 1, 2

@@ -72,5 +72,9 @@ SELECT
   ),
   -- Not the page, its files, the documentation or health checks.
   STARTS_WITH(route, '/v1/') OR STARTS_WITH(route, '/hf/') AS is_call,
-  status < 400 AND error_type IS NULL AS succeeded
+  -- Never NULL: what COUNTIF makes of nothing but NULLs differs between databases.
+  COALESCE(status < 400 AND error_type IS NULL, FALSE) AS succeeded,
+  COALESCE(status = 429 OR error_type = 'overloaded', FALSE) AS throttled,
+  COALESCE(status IN (401, 403), FALSE) AS auth_failure,
+  COALESCE(status >= 500, FALSE) AS server_error
 FROM joined;

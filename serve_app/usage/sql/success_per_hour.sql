@@ -4,10 +4,10 @@ SELECT
   TIMESTAMP_TRUNC(time, HOUR) AS hour,
   COUNT(*) AS calls,
   COUNTIF(succeeded) AS succeeded,
-  COUNTIF(NOT succeeded AND status < 500) AS client_errors,
-  COUNTIF(status >= 500) AS server_errors,
+  COUNTIF(NOT succeeded AND NOT server_error) AS client_errors,
+  COUNTIF(server_error) AS server_errors,
   ROUND(COUNTIF(succeeded) / COUNT(*), 4) AS success_rate,
-  ROUND(COUNTIF(status >= 500) / COUNT(*), 4) AS error_rate
+  ROUND(COUNTIF(server_error) / COUNT(*), 4) AS error_rate
 FROM t5_requests.requests
 WHERE is_call
 GROUP BY 1

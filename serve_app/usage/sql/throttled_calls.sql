@@ -4,10 +4,10 @@ CREATE OR REPLACE VIEW t5_requests.throttled_calls AS
 SELECT
   TIMESTAMP_TRUNC(time, HOUR) AS hour,
   COALESCE(client, '-') AS client,
-  COUNTIF(error_type = 'rate-limited') AS over_rate,
-  COUNTIF(error_type = 'overloaded') AS queue_full,
-  COUNT(*) AS throttled
+  COUNTIF(COALESCE(error_type, '') != 'overloaded') AS over_rate,
+  COUNTIF(COALESCE(error_type, '') = 'overloaded') AS queue_full,
+  COUNT(*) AS calls
 FROM t5_requests.requests
-WHERE is_call AND (status = 429 OR error_type = 'overloaded')
+WHERE is_call AND throttled
 GROUP BY 1, 2
-ORDER BY hour, throttled DESC, client;
+ORDER BY hour, calls DESC, client;
