@@ -273,6 +273,16 @@ def test_drops_are_summed(tmp_path: Path) -> None:
     assert row["dropped_events"] == 7
 
 
+def test_no_field_has_two_types_in_the_one_table_of_both_logs() -> None:
+    day = Day()
+    kinds: dict[str, set[type]] = {}
+    for line in [*day.service, *day.nginx]:
+        for name, value in json.loads(line).items():
+            kind = float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+            kinds.setdefault(name, set()).add(kind)
+    assert {name: held for name, held in kinds.items() if len(held) > 1} == {}
+
+
 # The files themselves
 
 
