@@ -18,6 +18,7 @@ from serve_app.cli.errors import CliError
 
 if TYPE_CHECKING:
     from serve_app.usage.reader import Line, Tally
+    from serve_app.usage.views import Usage
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -96,12 +97,13 @@ def _report_command(name: str) -> click.Command:
     return click.Command(
         _spelled(name),
         callback=run,
-        params=_report_options(),
+        params=[*log_options(), *_output_options()],
         help=f"{question(name)}\n\n\b\nExample:\n  t5-serve usage {_spelled(name)} --since 7d",
     )
 
 
-def _report_options() -> list[click.Parameter]:
+def log_options() -> list[click.Parameter]:
+    """Which lines are read: the parameters of `open_usage`, but for `client`."""
     return [
         click.Option(
             ["--logs"],
@@ -115,6 +117,11 @@ def _report_options() -> list[click.Parameter]:
             ["--since"], type=_Moment(), help="From this time on: 2026-11-23, or an age as 24h."
         ),
         click.Option(["--until"], type=_Moment(), help="Before this time."),
+    ]
+
+
+def _output_options() -> list[click.Parameter]:
+    return [
         click.Option(["--client"], help="Only this client's requests."),
         click.Option(["--json", "as_json"], is_flag=True, help="The rows as a JSON array."),
         click.Option(
@@ -134,17 +141,12 @@ def _report(
     as_json: bool,
     html: Path | None,
 ) -> None:
-    from serve_app.usage.reader import Tally, UsageReadError
     from serve_app.usage.text import plain, table_text
-    from serve_app.usage.views import REPORTS, MissingExtraError, Usage
+    from serve_app.usage.views import REPORTS
 
     if as_json and html is not None:
         raise click.UsageError("give --json or --html, not both")
-    tally = Tally()
-    try:
-        usage = Usage(_lines(logs, tally), since, until, client)
-    except (UsageReadError, MissingExtraError) as error:
-        raise CliError(str(error)) from None
+    usage, tally = open_usage(logs, since, until, client)
     if html is not None:
         from serve_app.usage.page import page
 
@@ -159,8 +161,32 @@ def _report(
         click.echo(json.dumps(said, ensure_ascii=False, indent=2))
     else:
         click.echo(table_text(usage.report(name)), nl=False)
+
+
+def open_usage(
+    logs: tuple[str, ...],
+    since: datetime | None,
+    until: datetime | None,
+    client: str | None = None,
+) -> tuple[Usage, Tally]:
+    """The views over the logs that were named, and what reading them met.
+
+    Lines that could not be read are told on stderr.
+
+    Raises:
+        CliError: a log cannot be read, or the extra is not installed.
+    """
+    from serve_app.usage.reader import Tally, UsageReadError
+    from serve_app.usage.views import MissingExtraError, Usage
+
+    tally = Tally()
+    try:
+        usage = Usage(_lines(logs, tally), since, until, client)
+    except (UsageReadError, MissingExtraError) as error:
+        raise CliError(str(error)) from None
     if tally.broken_lines:
         click.echo(f"t5-serve: {_told(tally)}: {'; '.join(tally.broken)}", err=True)
+    return usage, tally
 
 
 def _told(tally: Tally) -> str:

@@ -110,6 +110,17 @@ class Usage:
         found = self._db.execute(f"SELECT * FROM {DATASET}.{name}")  # noqa: S608  # a name of ours
         return Table(name, [column[0] for column in found.description or []], found.fetchall())
 
+    def arrivals(self) -> dict[str, list[float]]:
+        """When each client's calls came, in seconds since 1970, in order; refused ones, too."""
+        found = self._db.execute(
+            "SELECT client, epoch(time) - COALESCE(total_ms, 0) / 1000 AS came "  # noqa: S608
+            f"FROM {DATASET}.requests WHERE is_call AND client IS NOT NULL ORDER BY client, came"
+        )
+        arrivals: dict[str, list[float]] = {}
+        for client, came in found.fetchall():
+            arrivals.setdefault(client, []).append(came)
+        return arrivals
+
     def _keep(self, since: datetime | None, until: datetime | None, client: str | None) -> None:
         """Put a table of the requests that were asked for in place of the view of all.
 

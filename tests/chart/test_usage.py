@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import yaml
 
 from serve_app.config import ServiceSettings
-from tests.chart.conftest import Object, Rendered
+from serve_app.usage.limits import values
+from tests.chart.conftest import INGRESS, Object, Rendered
 from tests.chart.schemas import available, problems
 
 Render = Callable[..., Rendered]
@@ -74,3 +76,20 @@ def test_the_cluster_takes_a_sidecar(render: Render) -> None:
     if not available(service):
         pytest.skip("no schema")
     assert problems(service) == []
+
+
+def test_the_chart_takes_suggested_limits(render: Render) -> None:
+    busy = [minute * 60 + second for minute in range(30) for second in range(0, 60, 2)]
+    suggested = yaml.safe_load(
+        values({"a": [0.0, 60.0], "b.c": [*map(float, busy)], "d": [0.0]}, 1.5)
+    )
+    suggested["ingress"] |= INGRESS["ingress"]
+    policies = {
+        one["metadata"]["name"].removeprefix("t5-t5-summarizer-"): one["spec"]["rateLimit"]
+        for one in render(suggested).all("Policy")
+        if "rateLimit" in one["spec"]
+    }
+    assert policies["rate"]["rate"] == "2r/m"
+    assert policies["rate-r50-b1"]["rate"] == "50r/m"
+    [condition] = policies["rate-r50-b1"]["condition"]["variables"]
+    assert condition["match"] == r"~^(?:b[.]c)(?:\.[0-9a-f]{8})?$"
