@@ -153,6 +153,8 @@ async def _stream(request: Request, service: SummaryService, job: Job) -> Respon
     except BaseException:
         await events.aclose()
         raise
+    # Until the end is reached: a reader that leaves may do so between any two frames.
+    _note(request, error_type="client-closed")
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return EventSourceResponse(_frames(request, first, second, events), headers=headers)
 
@@ -177,6 +179,7 @@ async def _frames(
             event = task.result()
             if isinstance(event, SummarizeResponse):
                 _account(request, [event])
+                del request.state.facts["error_type"]
             yield _frame(*_event(event))
     except StopAsyncIteration:
         return

@@ -13,11 +13,11 @@ from serve_app.cli.errors import one_line
 # Imported when named, and light then too: Ray and torch take seconds to import, so each command
 # imports what it needs where it needs it.
 _COMMANDS = {
-    "limits": "serve_app.cli.limits",
     "run": "serve_app.cli.run",
     "summarize": "serve_app.cli.summarize",
     "tokens": "serve_app.cli.tokens",
     "usage": "serve_app.cli.usage",
+    "limits": "serve_app.cli.limits",
     "version": "serve_app.cli.version",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count

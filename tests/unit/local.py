@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 
 from serve_app.api.app import create_app
 from serve_app.api.auth import Authenticate
@@ -69,6 +70,7 @@ class Recorded:
 class Local:
     """The running application and what stands behind it."""
 
+    app: FastAPI
     http: httpx.AsyncClient
     backend: LocalBackend
     telemetry: Recorded
@@ -93,7 +95,7 @@ async def local_app(
     app = create_app(service, authenticate, telemetry, ApiSettings(), usage=usage)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as http:
-        yield Local(http, backend, telemetry, service)
+        yield Local(app, http, backend, telemetry, service)
 
 
 def _request(call: Call, *, stream: bool) -> EngineRequest:

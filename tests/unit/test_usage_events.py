@@ -197,6 +197,49 @@ async def test_batches_are_summed_and_streams_marked(app: Recorded) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_reader_that_leaves_its_stream_is_told_from_one_that_stays(
+    checkpoint: Checkpoint, clients: Clients
+) -> None:
+    events: list[Mapping[str, Any]] = []
+
+    class Sink:
+        def record(self, event: Mapping[str, Any]) -> None:
+            events.append(event)
+
+    async def ask(app: Any, leaves: bool) -> None:
+        body = json.dumps({"text": long_text(300), "stream": True}).encode()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+        left = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            for message in messages:
+                return message
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if leaves and message["type"] == "http.response.body":
+                left.set()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+            "path": "/v1/summarize", "raw_path": b"/v1/summarize", "query_string": b"",
+            "root_path": "", "headers": headers, "scheme": "http", "server": ("test", 80),
+        }  # fmt: skip
+        await app(scope, receive, send)
+
+    async with local_app(checkpoint, clients(), max_input_tokens=96, usage=Sink()) as local:
+        for leaves in (True, False):
+            await ask(local.app, leaves)
+    assert [(one["status"], one.get("error_type")) for one in events] == [
+        (200, "client-closed"),
+        (200, None),
+    ]
+    assert "output_tokens" not in events[0]
+
+
+@pytest.mark.anyio
 async def test_errors_are_named(app: Recorded) -> None:
     assert await app.post({"text": ""}) == 422
     assert await app.post({"text": "x", SECRET: 1}) == 422

@@ -199,6 +199,25 @@ def test_a_request_is_one_row_with_both_its_lines(usage: Usage) -> None:
     assert {row["source"] for row in rows if row["status"] in (413, 429)} == {"nginx"}
 
 
+def test_one_id_for_all_calls_hides_none_of_them(tmp_path: Path) -> None:
+    day = Day()
+    served = [json.loads(line) for line in day.service if '"web-shop"' in line][3:6]
+    edge = [json.loads(line) for line in day.nginx if '"web-shop"' in line][5:8]
+    assert [one["request_id"] for one in served] == [one["request_id"] for one in edge]
+    for line in (*served, *edge):
+        line["request_id"] = "always"
+    (tmp_path / "lines.log").write_text(
+        "".join(json.dumps(line) + "\n" for line in (*served, *edge, *served))
+    )
+    rows = read(tmp_path).report("requests").records()
+    assert [row["total_ms"] for row in sorted(rows, key=lambda row: row["time"])] == [
+        1.0,
+        8.0,
+        15.0,
+    ]
+    assert {(row["source"], row["address"]) for row in rows} == {("service", "192.0.2.1")}
+
+
 def test_a_period_and_a_client(logs: Path) -> None:
     def calls(**options: Any) -> list[tuple[Any, ...]]:
         return [row[:3] for row in read(logs, **options).report("calls_per_client_day").rows]
