@@ -114,7 +114,7 @@ def test_the_command_reads_logs_and_writes_values(tmp_path: Path) -> None:
     (tmp_path / "access.log").write_text("\n".join(day.nginx))
     done = suggest("--logs", str(tmp_path), "--headroom", "1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "#   web-shop: 975 calls, " in done.stdout
+    assert "#   web-shop: 973 calls, " in done.stdout
     suggested: dict[str, Any] = yaml.safe_load(done.stdout)["ingress"]["rateLimit"]
     assert suggested["enabled"] is True
     by_name = {tier["match"]: tier for tier in suggested["tiers"]}
