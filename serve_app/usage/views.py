@@ -113,7 +113,7 @@ class Usage:
     def arrivals(self) -> dict[str, list[float]]:
         """When each client's calls came, in seconds since 1970, in order; refused ones, too."""
         found = self._db.execute(
-            "SELECT client, epoch(time) - COALESCE(total_ms, 0) / 1000 AS came "  # noqa: S608
+            "SELECT client, epoch(time) - LEAST(COALESCE(total_ms, 0) / 1000, 86400) AS came "  # noqa: S608
             f"FROM {DATASET}.requests WHERE is_call AND client IS NOT NULL ORDER BY client, came"
         )
         arrivals: dict[str, list[float]] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve_app.usage.reader import Line, Tally, UsageReadError, read_files, read_stream
@@ -142,6 +142,7 @@ def test_no_bytes_break_the_reader_and_good_lines_come_through(noise: list[bytes
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(MUTATED, min_size=20, max_size=40))
+@example([b'{"message": "request", "status": 9.223372036854788e+18, "total_ms": 1e308}'])
 def test_no_values_break_the_views(lines: list[bytes]) -> None:
     fixed = [
         json.dumps({**json.loads(line), "time": GOOD["time"], "request_id": f"r{number}"}).encode()
@@ -152,3 +153,4 @@ def test_no_values_break_the_views(lines: list[bytes]) -> None:
     for name in REPORTS:
         usage.report(name)
     assert usage.report("overview").rows
+    usage.arrivals()

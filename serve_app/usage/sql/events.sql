@@ -15,7 +15,7 @@ fields AS (
     TO_JSON_STRING(line) AS line,
     JSON_VALUE(line, '$.message') AS message,
     COALESCE(JSON_VALUE(line, '$.source'), IF(JSON_VALUE(line, '$.message') = 'access', 'nginx', 'service')) AS source,
-    CAST(COALESCE(SAFE_CAST(JSON_VALUE(line, '$.schema_version') AS FLOAT64), 0) AS INT64) AS schema_version,
+    COALESCE(SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.schema_version') AS FLOAT64) AS INT64), 0) AS schema_version,
     JSON_VALUE(line, '$.request_id') AS request_id,
     JSON_VALUE(line, '$.trace_id') AS trace_id,
     NULLIF(JSON_VALUE(line, '$.client'), '') AS client,
@@ -23,24 +23,24 @@ fields AS (
     JSON_VALUE(line, '$.method') AS method,
     -- NGINX has the path that was asked for, which may be anything; `requests` sorts that out.
     COALESCE(JSON_VALUE(line, '$.route'), JSON_VALUE(line, '$.path')) AS route,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.status') AS FLOAT64) AS INT64) AS status,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.status') AS FLOAT64) AS INT64) AS status,
     -- Version 0: `problem`.
     COALESCE(JSON_VALUE(line, '$.error_type'), JSON_VALUE(line, '$.problem')) AS error_type,
     JSON_VALUE(line, '$.model') AS model,
     JSON_VALUE(line, '$.model_revision') AS model_revision,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.num_beams') AS FLOAT64) AS INT64) AS num_beams,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.max_new_tokens') AS FLOAT64) AS INT64) AS max_new_tokens,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.length_words') AS FLOAT64) AS INT64) AS length_words,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.length_sentences') AS FLOAT64) AS INT64) AS length_sentences,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.num_beams') AS FLOAT64) AS INT64) AS num_beams,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.max_new_tokens') AS FLOAT64) AS INT64) AS max_new_tokens,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.length_words') AS FLOAT64) AS INT64) AS length_words,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.length_sentences') AS FLOAT64) AS INT64) AS length_sentences,
     SAFE_CAST(JSON_VALUE(line, '$.stream') AS BOOL) AS stream,
     JSON_VALUE(line, '$.on_overflow') AS on_overflow,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.texts') AS FLOAT64) AS INT64) AS texts,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.characters') AS FLOAT64) AS INT64) AS characters,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.input_tokens') AS FLOAT64) AS INT64) AS input_tokens,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.output_tokens') AS FLOAT64) AS INT64) AS output_tokens,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.chunks') AS FLOAT64) AS INT64) AS chunks,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.truncated') AS FLOAT64) AS INT64) AS truncated,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.cached') AS FLOAT64) AS INT64) AS cached,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.texts') AS FLOAT64) AS INT64) AS texts,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.characters') AS FLOAT64) AS INT64) AS characters,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.input_tokens') AS FLOAT64) AS INT64) AS input_tokens,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.output_tokens') AS FLOAT64) AS INT64) AS output_tokens,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.chunks') AS FLOAT64) AS INT64) AS chunks,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.truncated') AS FLOAT64) AS INT64) AS truncated,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.cached') AS FLOAT64) AS INT64) AS cached,
     SAFE_CAST(JSON_VALUE(line, '$.queue_ms') AS FLOAT64) AS queue_ms,
     SAFE_CAST(JSON_VALUE(line, '$.compute_ms') AS FLOAT64) AS compute_ms,
     -- Version 0: `duration_ms`. NGINX: seconds.
@@ -50,9 +50,9 @@ fields AS (
       SAFE_CAST(JSON_VALUE(line, '$.duration_s') AS FLOAT64) * 1000
     ) AS total_ms,
     JSON_VALUE(line, '$.replica') AS replica,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.request_bytes') AS FLOAT64) AS INT64) AS request_bytes,
-    CAST(SAFE_CAST(JSON_VALUE(line, '$.response_bytes') AS FLOAT64) AS INT64) AS response_bytes,
-    CAST(COALESCE(SAFE_CAST(JSON_VALUE(line, '$.dropped_events') AS FLOAT64), 0) AS INT64) AS dropped_events
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.request_bytes') AS FLOAT64) AS INT64) AS request_bytes,
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.response_bytes') AS FLOAT64) AS INT64) AS response_bytes,
+    COALESCE(SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.dropped_events') AS FLOAT64) AS INT64), 0) AS dropped_events
   FROM lines
 )
 SELECT * EXCEPT (line, message)
