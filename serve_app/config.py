@@ -125,6 +125,16 @@ class LogSettings(_Settings):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
+class UsageSettings(_Settings):
+    """Usage events: a JSON line per request in files of their own, for `t5-serve usage`."""
+
+    enabled: bool = Field(True, description="false: the line goes to the log, as INFO")
+    folder: Path | None = Field(None, description="default: the user's own state folder")
+    max_bytes: int = Field(16 * 1024 * 1024, ge=65_536, description="a file, then the next begins")
+    keep: int = Field(16, ge=2, description="files in the folder at most; the oldest go")
+    queue_size: int = Field(8_192, ge=1, description="events that may wait to be written")
+
+
 def _short(key: str) -> BeforeValidator:
     """Let a plain string stand for a section's main key: `serve run` can only pass strings."""
 
@@ -157,11 +167,19 @@ class ServiceSettings(_Settings):
     limits: Limits = Limits()
     auth: Annotated[AuthSettings, _short("mode")] = AuthSettings()
     log: Annotated[LogSettings, _short("level")] = LogSettings()
+    usage: UsageSettings = UsageSettings()
 
+    # Replicas have another working directory than whoever wrote the path.
     @field_validator("auth")
     @classmethod
     def _absolute_tokens_file(cls, auth: AuthSettings) -> AuthSettings:
-        # Replicas have another working directory than whoever wrote the path.
         if auth.tokens_file is None:
             return auth
         return auth.model_copy(update={"tokens_file": auth.tokens_file.expanduser().absolute()})
+
+    @field_validator("usage")
+    @classmethod
+    def _absolute_usage_folder(cls, usage: UsageSettings) -> UsageSettings:
+        if usage.folder is None:
+            return usage
+        return usage.model_copy(update={"folder": usage.folder.expanduser().absolute()})

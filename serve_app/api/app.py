@@ -18,6 +18,7 @@ import serve_app
 from serve_app.api.auth import Authenticate
 from serve_app.api.middleware import DOCS_POLICY, PROBLEM_JSON, RequestMiddleware
 from serve_app.api.openapi import describe
+from serve_app.api.schemas import known_fields
 from serve_app.api.service import SummaryService
 from serve_app.api.summarize import router
 from serve_app.api.telemetry import Telemetry
@@ -28,6 +29,7 @@ from serve_app.errors import (
     NotFoundError,
     ServiceError,
 )
+from serve_app.usage.writer import UsageSink
 
 _STATIC = Path(__file__).parent / "static"
 _DOCS_STATIC = Path(fastapi_offline.__file__).parent / "static"
@@ -39,9 +41,10 @@ def create_app(
     telemetry: Telemetry,
     settings: ApiSettings,
     *,
+    usage: UsageSink | None = None,
     echo_request_id: bool = True,
 ) -> FastAPI:
-    """Build the ASGI application around a `SummaryService`."""
+    """Build the ASGI application around a `SummaryService` (`usage`: see `RequestMiddleware`)."""
     app = FastAPI(
         title="t5-serve",
         version=serve_app.__version__,
@@ -65,7 +68,9 @@ def create_app(
     # HTTPBearer only documents the scheme; `client` is what checks.
     guards = [Depends(client), Depends(HTTPBearer(auto_error=False))]
     app.include_router(router, dependencies=guards)
-    app.add_middleware(RequestMiddleware, telemetry=telemetry, echo_request_id=echo_request_id)
+    app.add_middleware(
+        RequestMiddleware, telemetry=telemetry, usage=usage, echo_request_id=echo_request_id
+    )
     describe(app)
     return app
 
@@ -81,8 +86,8 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, ServiceError)
         request.state.facts = {
             **getattr(request.state, "facts", {}),
-            "problem": error.kind,
-            "fields": [field.field for field in error.errors],
+            "error_type": error.kind,
+            "error_fields": known_fields(field.field for field in error.errors),
         }
         return problem_response(error, request)
 

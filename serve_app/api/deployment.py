@@ -17,6 +17,8 @@ from serve_app.api.telemetry import ServeTelemetry
 from serve_app.config import ServiceSettings
 from serve_app.engine.checkpoint import resolve
 from serve_app.logs import configure_logging
+from serve_app.usage.folder import default_usage_folder
+from serve_app.usage.writer import UsageWriter
 
 
 @serve.ingress()
@@ -38,12 +40,35 @@ class Api:
             model.max_input_tokens,
         )
 
+        self._telemetry = ServeTelemetry()
+        self._usage = self._usage_writer()
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica has been constructed."""
         return create_app(
             self._service,
             authenticator(self._settings.auth),
-            ServeTelemetry(),
+            self._telemetry,
             self._settings.api,
+            usage=self._usage,
             echo_request_id=False,
+        )
+
+    def __del__(self) -> None:
+        """Called by Serve once the replica has answered its last request."""
+        usage = getattr(self, "_usage", None)
+        if usage is not None:
+            usage.close()
+
+    def _usage_writer(self) -> UsageWriter | None:
+        settings = self._settings.usage
+        if not settings.enabled:
+            return None
+        return UsageWriter(
+            settings.folder or default_usage_folder(),
+            max_bytes=settings.max_bytes,
+            keep=settings.keep,
+            queue_size=settings.queue_size,
+            common={"replica": serve.get_replica_context().replica_id.unique_id},
+            on_drop=self._telemetry.usage_dropped,
         )

@@ -1,4 +1,4 @@
-"""Around every request: its id, its log line and metrics, security headers, last-resort errors."""
+"""Around every request: id, usage event and metrics, security headers, last-resort errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import re
 import time
 import uuid
+from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.telemetry import Telemetry
 from serve_app.errors import ServiceError
 from serve_app.logs import request_id_var
+from serve_app.usage.events import usage_event
+from serve_app.usage.writer import UsageSink
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +48,18 @@ class RequestMiddleware:
     Args:
         app: the application inside.
         telemetry: where finished requests are counted.
+        usage: where their usage events go. None: to the log, as INFO. The log has them in any
+            case, but otherwise as DEBUG: what is in the files need not be kept twice.
         echo_request_id: whether to send `X-Request-Id` back. Serve's HTTP proxy already echoes the
             id it passes on, so behind it only an id made here needs a header of its own.
     """
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry, echo_request_id: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, telemetry: Telemetry, usage: UsageSink | None, echo_request_id: bool
+    ) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._usage = usage
         self._echo = echo_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,25 +73,29 @@ class RequestMiddleware:
         request_id_var.set(request_id)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        began = time.monotonic()
-        status = 0
+        seen = _Seen()
+
+        async def receive_counted() -> Message:
+            message = await receive()
+            seen.request_bytes += len(message.get("body", b""))
+            return message
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                seen.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 if self._echo or not well_formed:
                     headers["X-Request-Id"] = request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+            seen.response_bytes += len(message.get("body", b""))
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive_counted, send_with_headers)
         except Exception:
             logger.exception("unhandled error")
-            if status:
+            if seen.status:
                 raise
             problem = ServiceError("an unexpected error; the log has it under this request id")
             body = json.dumps(problem.problem(request_id)).encode()
@@ -92,20 +105,45 @@ class RequestMiddleware:
                 "headers": [(b"content-type", PROBLEM_JSON.encode())],
             }
             await send_with_headers(start)
-            await send({"type": "http.response.body", "body": body})
+            state["facts"] = {**state.get("facts", {}), "error_type": problem.kind}
+            await send_with_headers({"type": "http.response.body", "body": body})
         finally:
-            # 499: the client went away before the first byte.
-            self._done(scope, status or 499, (time.monotonic() - began) * 1e3)
+            self._done(scope, seen)
 
-    def _done(self, scope: Scope, status: int, milliseconds: float) -> None:
+    def _done(self, scope: Scope, seen: _Seen) -> None:
+        milliseconds = (time.monotonic() - seen.began) * 1e3
+        # 499: the client went away before the first byte.
+        status = seen.status or 499
         route = getattr(scope.get("route"), "path", None) or "unmatched"
         self._telemetry.request(route, status, milliseconds)
-        facts = {
-            "method": scope["method"],
-            "route": route,
-            "status": status,
-            "duration_ms": round(milliseconds, 2),
-            **scope["state"].get("facts", {}),
-        }
-        quiet = route in ("/healthz", "/readyz") and status < 400
-        logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra=facts)
+        event = usage_event(
+            request_id=scope["state"]["request_id"],
+            traceparent=Headers(scope=scope).get("traceparent", ""),
+            method=scope["method"],
+            route=route,
+            status=status,
+            total_ms=milliseconds,
+            request_bytes=seen.request_bytes,
+            response_bytes=seen.response_bytes,
+            facts=scope["state"].get("facts", {}),
+        )
+        probe = route in ("/healthz", "/readyz") and status < 400
+        if self._usage is not None and not probe:
+            self._usage.record(event)
+        logged = self._usage is None and not probe
+        logger.log(logging.INFO if logged else logging.DEBUG, "request", extra=_extra(event))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What passed by of a request: bytes of bodies, without headers."""
+
+    began: float = field(default_factory=time.monotonic)
+    status: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+
+
+def _extra(event: dict[str, Any]) -> dict[str, Any]:
+    """The event without what every log line has of itself."""
+    return {name: event[name] for name in event if name not in ("time", "severity", "message")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -181,3 +182,19 @@ class HfResponse(BaseModel):
     """One summary in the Hugging Face Inference API's form."""
 
     summary_text: str
+
+
+_FIELDS = frozenset(
+    name
+    for model in (SummarizeRequest, BatchRequest, HfRequest)
+    for name in (*model.model_fields, "body", "Content-Type", "Content-Encoding")
+)
+
+
+def known_fields(names: Iterable[str]) -> list[str]:
+    """Fields of the API among dotted names, by their first part, and `other` for all else.
+
+    A field that the API does not have is named by the client, after anything it likes.
+    """
+    first = (name.partition(".")[0] for name in names)
+    return sorted({name if name in _FIELDS else "other" for name in first})

@@ -44,8 +44,9 @@ async def summarize(request: Request) -> Response:
     service = _service(request)
     body = await read_summarize(request, service.limits.body_bytes)
     job = decide(body.text, body, service.defaults, service.limits, share=request.state.client)
-    _note(request, characters=len(body.text))
-    if body.stream or _wants_events(request):
+    stream = body.stream or _wants_events(request)
+    _asked(request, service, job, [body.text], stream=stream)
+    if stream:
         return await _stream(request, service, job)
     response = await service.summarize(job)
     _account(request, [response])
@@ -68,7 +69,8 @@ async def summarize_batch(request: Request) -> Response:
         message = f"must have at most {limit} texts, has {len(body.texts)}"
         raise invalid("texts", message, limit=limit, value=len(body.texts))
     # Settings are the same for all: what is wrong with them is wrong with the request.
-    decide("text", body, service.defaults, service.limits)
+    settled = decide("text", body, service.defaults, service.limits)
+    _asked(request, service, settled, body.texts)
 
     async def one(index: int, text: str) -> BatchItem:
         try:
@@ -82,7 +84,6 @@ async def summarize_batch(request: Request) -> Response:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(i, text)) for i, text in enumerate(body.texts)]
     items = [task.result() for task in tasks]
-    _note(request, characters=sum(map(len, body.texts)), texts=len(items))
     _account(request, [item.result for item in items if item.result is not None])
     answer = BatchResponse(id=f"bat-{uuid.uuid4().hex}", results=items)
     return JSONResponse(answer.model_dump(exclude_none=True))
@@ -101,7 +102,7 @@ async def hf_summarization(request: Request) -> Response:
     body = from_hf(await read_json(request, HfRequest, service.limits.body_bytes))
     share = request.state.client
     job = decide(body.text, body, service.defaults, service.limits, "inputs", share)
-    _note(request, characters=len(body.text))
+    _asked(request, service, job, [body.text])
     response = await service.summarize(job)
     _account(request, [response])
     return JSONResponse([HfResponse(summary_text=response.summary).model_dump()])
@@ -152,6 +153,8 @@ async def _stream(request: Request, service: SummaryService, job: Job) -> Respon
     except BaseException:
         await events.aclose()
         raise
+    # Until the end is reached: a reader that leaves may do so between any two frames.
+    _note(request, error_type="client-closed")
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return EventSourceResponse(_frames(request, first, second, events), headers=headers)
 
@@ -176,11 +179,12 @@ async def _frames(
             event = task.result()
             if isinstance(event, SummarizeResponse):
                 _account(request, [event])
+                del request.state.facts["error_type"]
             yield _frame(*_event(event))
     except StopAsyncIteration:
         return
     except ServiceError as error:
-        _note(request, problem=error.kind)
+        _note(request, error_type=error.kind)
         yield _frame("error", error.problem(request.state.request_id))
     finally:
         # The reader may have left: stop the work behind the stream before the stream ends.
@@ -208,20 +212,45 @@ def _frame(name: str, data: dict[str, Any]) -> bytes:
 
 
 def _note(request: Request, **facts: object) -> None:
-    """Add facts to the request's log line. Never text of a document."""
-    request.state.facts = {**getattr(request.state, "facts", {}), **facts}
+    """Add facts to the request's usage event (`usage.events.FACTS`)."""
+    given = {name: value for name, value in facts.items() if value is not None}
+    request.state.facts = {**getattr(request.state, "facts", {}), **given}
+
+
+def _asked(
+    request: Request, service: SummaryService, job: Job, texts: list[str], *, stream: bool = False
+) -> None:
+    """Put what was asked for into the usage event: settings and sizes, never the texts."""
+    length = job.length
+    _note(
+        request,
+        model=service.model.name,
+        model_revision=service.model.revision,
+        num_beams=job.settings.num_beams,
+        max_new_tokens=job.settings.max_new_tokens,
+        length_words=length and length.words,
+        length_sentences=length and length.sentences,
+        on_overflow=job.on_overflow,
+        stream=stream,
+        texts=len(texts),
+        characters=sum(map(len, texts)),
+    )
 
 
 def _account(request: Request, responses: list[SummarizeResponse]) -> None:
-    """Put what the summaries cost into the log line and the metrics."""
+    """Put what the summaries cost into the usage event and the metrics."""
     for response in responses:
         request.app.state.telemetry.summary(
             truncated=response.truncated, chunks=response.usage.chunks
         )
+    bills = [response.usage for response in responses]
     _note(
         request,
-        input_tokens=sum(response.usage.input_tokens for response in responses),
-        output_tokens=sum(response.usage.output_tokens for response in responses),
-        chunks=sum(response.usage.chunks for response in responses),
+        input_tokens=sum(bill.input_tokens for bill in bills),
+        output_tokens=sum(bill.output_tokens for bill in bills),
+        chunks=sum(bill.chunks for bill in bills),
         truncated=sum(response.truncated for response in responses),
+        cached=0,  # every summary is made by the model
+        queue_ms=round(sum((bill.queue_ms for bill in bills), 0.0), 2),
+        compute_ms=round(sum((bill.compute_ms for bill in bills), 0.0), 2),
     )

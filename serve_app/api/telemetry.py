@@ -34,6 +34,9 @@ class Telemetry(Protocol):
     def summary(self, *, truncated: bool, chunks: int) -> None:
         """A summary was made; truncation is never silent."""
 
+    def usage_dropped(self, count: int) -> None:
+        """So many usage events could not be kept. Called from any thread."""
+
 
 class ServeTelemetry:
     """`Telemetry` on `ray.serve.metrics`; Ray adds deployment, replica and application labels."""
@@ -54,6 +57,9 @@ class ServeTelemetry:
             "t5_truncated_texts", description="Texts of which a part was left out."
         )
         self._chunks = metrics.Counter("t5_chunks", description="Parts that texts were split into.")
+        self._dropped = metrics.Counter(
+            "t5_usage_events_dropped", description="Usage events that could not be kept."
+        )
 
     def request(self, route: str, status: int, milliseconds: float) -> None:
         """See `Telemetry.request`."""
@@ -65,3 +71,7 @@ class ServeTelemetry:
         self._chunks.inc(chunks)
         if truncated:
             self._truncated.inc(1)
+
+    def usage_dropped(self, count: int) -> None:
+        """See `Telemetry.usage_dropped`."""
+        self._dropped.inc(count)

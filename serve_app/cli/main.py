@@ -16,6 +16,8 @@ _COMMANDS = {
     "run": "serve_app.cli.run",
     "summarize": "serve_app.cli.summarize",
     "tokens": "serve_app.cli.tokens",
+    "usage": "serve_app.cli.usage",
+    "limits": "serve_app.cli.limits",
     "version": "serve_app.cli.version",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -41,6 +43,7 @@ def cli() -> None:
       t5-serve run                         start the service with the bundled demo model
       t5-serve summarize report.txt        summarize a file with it
       t5-serve tokens create web-shop      let another program use it
+      t5-serve usage                       see who calls, how often and how well
 
     `t5-serve COMMAND --help` tells more, with examples.
     """

@@ -25,6 +25,8 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.usage.reader import Tally, read_files
+from serve_app.usage.views import Usage
 from tests.chart.conftest import INGRESS, Object, Rendered, missing
 
 BODY_LIMIT = 4096
@@ -345,3 +347,45 @@ def test_the_page_is_open_and_serves_own_paths_are_not_there(edge: Edge) -> None
 def test_a_service_that_is_gone_is_a_problem_document(edge: Edge) -> None:
     edge.stop_service()
     problem(edge.post("/v1/summarize", "t5s_job"), 502, "unavailable")
+
+
+def test_the_reports_on_usage_read_what_nginx_logs(edge: Edge, tmp_path: Path) -> None:
+    edge.post("/v1/summarize")
+    edge.post("/v1/summarize", "t5s_wrong", headers={"User-Agent": 'a "quoted" \\ agent'})
+    edge.post("/v1/summarize", "t5s_job", content=b"x" * (BODY_LIMIT + 1))
+    for number in range(5):
+        edge.post("/v1/summarize", "t5s_first", headers={"X-Request-Id": f"shop-{number}"})
+    edge.logged("shop-4")
+    event = {
+        "time": "2026-11-23T10:00:00.000Z", "message": "request", "source": "service",
+        "schema_version": 1, "request_id": "shop-0", "client": "shop", "status": 200,
+        "route": "/v1/summarize", "total_ms": 7.0, "compute_ms": 5.0,
+    }  # fmt: skip
+    events = tmp_path / "usage.jsonl"
+    events.write_text(json.dumps(event))
+    tally = Tally()
+    usage = Usage(read_files([edge.log, events], tally))
+    assert tally.broken_lines == 0
+    rows = usage.report("requests").records()
+    seen = sorted(
+        (row["status"], row["client"] or "-", row["error_type"] or "-", row["source"])
+        for row in rows
+        if not row["auth_failure"]
+    )
+    # 6 a minute with 3 more at once: the fifth is refused. What is too large is refused before its
+    # key is looked at.
+    assert seen == [
+        (200, "shop", "-", "nginx"),
+        (200, "shop", "-", "nginx"),
+        (200, "shop", "-", "nginx"),
+        (200, "shop", "-", "service"),
+        (413, "-", "body-too-large", "nginx"),
+        (429, "shop", "rate-limited", "nginx"),
+    ]
+    failures = usage.report("auth_failures").records()
+    assert [(one["status"], one["address"]) for one in failures] == [
+        (401, "127.0.0.1"),
+        (403, "127.0.0.1"),
+    ]
+    [joined] = [row for row in rows if row["source"] == "service"]
+    assert (joined["total_ms"], joined["address"]) == (7.0, "127.0.0.1")

@@ -178,6 +178,7 @@ def test_without_gpus_nothing_speaks_of_them(render: Render) -> None:
         {"engine": {"max_batch_size": 7}},
         {"limits": {"body_bytes": 2048, "timeout_s": 60, "default_timeout_s": 30}},
         {"log": {"level": "DEBUG"}},
+        {"usage": {"queue_size": 7}},
         {"auth": {"header": "X-Who"}},
         {"serve": {"logging": {"log_level": "DEBUG"}}},
         {"model": {"name": "/opt/other", "dtype": "float32", "max_input_tokens": 512}},
@@ -212,6 +213,8 @@ def test_what_is_said_to_change_in_place_builds_no_new_cluster(
         {"auth": {"mode": "off"}},
         {"summarizer": {"workers": {"resources": {"requests": {"cpu": "4"}}}}},
         {"drain": {"timeoutSeconds": 900}},
+        {"usage": {"keep": 7}},
+        {"usage": {"sidecar": {"enabled": True}}},
     ],
     ids=json.dumps,
 )

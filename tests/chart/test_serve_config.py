@@ -35,6 +35,7 @@ MOVED: dict[str, str | None] = {
     "replicas.health_check_period_s": "summarizer.health_check_period_s",
     "replicas.health_check_timeout_s": "summarizer.health_check_timeout_s",
     "auth.tokens_file": None,
+    "usage.folder": None,
 }
 
 
@@ -158,6 +159,7 @@ def test_every_value_reaches_the_arguments(render: Render) -> None:
         },
         "auth": {"mode": "off", "header": "X-Who"},
         "log": {"level": "ERROR"},
+        "usage": {"enabled": False, "max_bytes": 100_000_001, "keep": 3, "queue_size": 17},
         "api": {"ready_step_age_s": 4, "parts_in_flight": 5},
     }
     settings = ServiceSettings.model_validate(render(values).arguments).model_dump()

@@ -144,7 +144,7 @@ def test_a_spoofed_client_is_replaced_and_the_request_id_goes_through(
             pod,
             "bash",
             "-c",
-            "grep -h trace-edge-1 /tmp/ray/session_latest/logs/worker-*.err || true",
+            "grep -h trace-edge-1 /var/log/t5-serve/usage-*.jsonl || true",
         )
         lines += [json.loads(line) for line in found.splitlines()]
     assert {line["client"] for line in lines if "client" in line} == {"shop"}

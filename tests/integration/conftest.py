@@ -129,6 +129,7 @@ def deploy(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Deploy
         tokens_file = tmp_path_factory.mktemp(name) / "tokens.json"
         _, token = create(tokens_file, "tester", None)
         settings.setdefault("auth", {"tokens_file": str(tokens_file)})
+        settings.setdefault("usage", {"folder": str(tokens_file.with_name("usage"))})
         # Replicas share two cores with the tests: a stall is minutes here, not seconds.
         arguments = ServiceSettings.model_validate(settings)
         serve.run(build(arguments), name=name, route_prefix=prefix)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 
 from serve_app.api.app import create_app
 from serve_app.api.auth import Authenticate
@@ -19,6 +20,7 @@ from serve_app.config import ApiSettings, Limits
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.client import EngineClient
 from serve_app.engine.protocol import EngineRequest, Finished, QueueFullError, Tokens
+from serve_app.usage.writer import UsageSink
 
 
 class LocalBackend:
@@ -60,11 +62,15 @@ class Recorded:
     def summary(self, *, truncated: bool, chunks: int) -> None:
         self.summaries.append((truncated, chunks))
 
+    def usage_dropped(self, count: int) -> None:
+        raise AssertionError("nothing here writes usage events")
+
 
 @dataclass
 class Local:
     """The running application and what stands behind it."""
 
+    app: FastAPI
     http: httpx.AsyncClient
     backend: LocalBackend
     telemetry: Recorded
@@ -79,16 +85,17 @@ async def local_app(
     limits: dict[str, Any] | None = None,
     authenticate: Authenticate = lambda _request: "tester",
     max_input_tokens: int | None = None,
+    usage: UsageSink | None = None,
 ) -> AsyncIterator[Local]:
     """The application with these limits, and an HTTP client for it."""
     said = Limits(**(limits or {}))
     backend = LocalBackend(client, said)
     service = SummaryService(checkpoint, backend, said, ApiSettings(), max_input_tokens)
     telemetry = Recorded()
-    app = create_app(service, authenticate, telemetry, ApiSettings())
+    app = create_app(service, authenticate, telemetry, ApiSettings(), usage=usage)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as http:
-        yield Local(http, backend, telemetry, service)
+        yield Local(app, http, backend, telemetry, service)
 
 
 def _request(call: Call, *, stream: bool) -> EngineRequest:

@@ -164,7 +164,7 @@ async def test_one_log_line_per_request_without_its_text(
     assert (good["status"], good["route"], good["client"]) == (200, "/v1/summarize", "tester")
     assert good["characters"] == len(secret)
     assert good["output_tokens"] > 0
-    assert (bad["status"], bad["problem"], bad["fields"]) == (422, "invalid", ["text"])
+    assert (bad["status"], bad["error_type"], bad["error_fields"]) == (422, "invalid", ["text"])
     assert "Quixotic" not in caplog.text
     assert app.telemetry.requests == [("/v1/summarize", 200), ("/v1/summarize", 422)]
 

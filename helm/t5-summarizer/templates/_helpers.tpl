@@ -249,6 +249,31 @@ seccompProfile:
 {{- end }}
 {{- end -}}
 
+{{- define "t5.usageFolder" -}}
+/var/log/t5-serve
+{{- end -}}
+
+{{/*
+Passes usage events on to its own standard output, which is what a cluster collects: a replica's does
+not leave Ray's files. An init container that stays: it starts anew by itself when it ends, although
+worker pods have `restartPolicy: Never`, and it stops after the replicas, whose last lines it still
+passes on.
+*/}}
+{{- define "t5.usageSidecar" -}}
+- name: usage
+  image: {{ include "t5.image" . | quote }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  restartPolicy: Always
+  command: [t5-serve, usage, tail, --follow, --folder, {{ include "t5.usageFolder" . }}]
+  resources:
+    {{- toYaml .Values.usage.sidecar.resources | nindent 4 }}
+  securityContext:
+    {{- include "t5.containerSecurityContext" . | nindent 4 }}
+  volumeMounts:
+    - name: usage
+      mountPath: {{ include "t5.usageFolder" . }}
+{{- end -}}
+
 {{/* Mounts of a worker: (dict "root" $ "component" "api"). */}}
 {{- define "t5.workerMounts" -}}
 - name: tmp
@@ -268,6 +293,10 @@ seccompProfile:
 - name: tokens
   mountPath: /etc/t5-serve
   readOnly: true
+{{- end }}
+{{- if and (eq .component "api") .root.Values.usage.enabled }}
+- name: usage
+  mountPath: {{ include "t5.usageFolder" .root }}
 {{- end }}
 {{- with .root.Values.extraVolumeMounts }}
 {{ toYaml . }}
@@ -301,6 +330,12 @@ seccompProfile:
     secretName: {{ include "t5.tokensSecret" .root | quote }}
     # Without it nobody gets in, but the pods start.
     optional: true
+{{- end }}
+{{- if and (eq .component "api") .root.Values.usage.enabled }}
+- name: usage
+  emptyDir:
+    # All files at their largest, and one more for each replica: a full volume would evict the pod.
+    sizeLimit: {{ mul (add (int64 .root.Values.usage.keep) (int64 .root.Values.api.replicasPerWorker)) (add (int64 .root.Values.usage.max_bytes) 1048576) | quote }}
 {{- end }}
 {{- with .root.Values.extraVolumes }}
 {{ toYaml . }}
@@ -371,6 +406,10 @@ places the replicas of a deployment in this group and nowhere else.
             matchLabels:
               {{- include "t5.podLabels" (dict "root" $root "component" $.component) | nindent 14 }}
         {{- end }}
+      {{- end }}
+      {{- if and (eq .component "api") $root.Values.usage.sidecar.enabled }}
+      initContainers:
+        {{- include "t5.usageSidecar" $root | nindent 8 }}
       {{- end }}
       containers:
         - name: ray-worker

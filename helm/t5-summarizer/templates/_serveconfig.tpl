@@ -44,6 +44,9 @@ applications:
         {{- end }}
       log:
         {{- include "t5.settings" .Values.log | nindent 8 }}
+      usage:
+        {{- include "t5.settings" (omit .Values.usage "sidecar") | nindent 8 }}
+        folder: {{ include "t5.usageFolder" . }}
     deployments:
       - name: Api
         num_replicas: {{ int64 $api.replicas }}

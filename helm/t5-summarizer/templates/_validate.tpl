@@ -81,6 +81,10 @@
 {{- end -}}
 {{- end -}}
 
+{{- if and $values.usage.sidecar.enabled (not $values.usage.enabled) -}}
+{{- $errors = append $errors "usage.enabled: must be true with usage.sidecar.enabled, is false: there would be no lines to pass on" -}}
+{{- end -}}
+
 {{- with $values.gcsFaultTolerance -}}
 {{- if and .enabled (not .redisAddress) -}}
 {{- $errors = append $errors "gcsFaultTolerance.redisAddress: required with gcsFaultTolerance.enabled, is empty" -}}

@@ -1,0 +1,1 @@
+"""Who calls, how often, how well, at what cost: events, their files, their reports."""

@@ -1,0 +1,13 @@
+-- Who is told to come back later, and why: the client's own rate (NGINX), or a full queue (the
+-- service)?
+CREATE OR REPLACE VIEW t5_requests.throttled_calls AS
+SELECT
+  TIMESTAMP_TRUNC(time, HOUR) AS hour,
+  COALESCE(client, '-') AS client,
+  COUNTIF(COALESCE(error_type, '') != 'overloaded') AS over_rate,
+  COUNTIF(COALESCE(error_type, '') = 'overloaded') AS queue_full,
+  COUNT(*) AS calls
+FROM t5_requests.requests
+WHERE is_call AND throttled
+GROUP BY 1, 2
+ORDER BY hour, calls DESC, client;
