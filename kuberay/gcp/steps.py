@@ -309,7 +309,7 @@ def request_filter(s: Settings) -> str:
     """The filter of the request logs, on one line as Cloud Logging keeps it."""
     lines = (ROOT / REQUEST_LOGS).read_text().splitlines()
     text = " ".join(line.strip() for line in lines if not line.startswith("--"))
-    return string.Template(text).substitute(NAMESPACE=s.namespace, CLUSTER=s.cluster)
+    return string.Template(text).substitute(NAMESPACE=s.namespace, CLUSTER=s.cluster, HOST=s.host)
 
 
 def _logs(s: Settings) -> list[Step | Value]:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import json
-import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
-from starlette.types import Receive, Scope, Send
 
 from kuberay.gcp import names
 from kuberay.gcp.access import condition
 from kuberay.gcp.settings import Settings, read
 from kuberay.gcp.steps import REQUEST_LOGS, request_filter
-from serve_app.api.middleware import RequestMiddleware
-from serve_app.config import LogSettings
-from serve_app.logs import configure_logging
+from serve_app.usage.events import usage_event
 from tests.pipeline.conftest import EXAMPLE, ROOT, Cloud
 
 
@@ -127,40 +120,29 @@ def test_the_ingress_names_this_address() -> None:
     assert annotations["networking.gke.io/load-balancer-ip-addresses"] == names.ADDRESS
 
 
-@pytest.mark.anyio
-async def test_the_filter_finds_the_services_own_lines(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_filter_finds_the_lines_of_service_and_ingress(settings: Settings) -> None:
     written = request_filter(settings)
     assert (ROOT / REQUEST_LOGS).read_text().startswith("--")
     assert "--" not in written
-    assert 'namespace_name="t5"' in written
+    service, ingress = re.findall(r"\((resource[^()]*)\)", written)
 
-    # Pods bear the label it asks for. Cloud Logging writes `_` for a prefix's dots.
-    [(label, value)] = re.findall(r'labels\."k8s-pod/([^"]+)"="([^"]+)"', written)
-    manifest = yaml.safe_load_all((ROOT / "kuberay/rayservice.yaml").read_text())
-    [service] = [thing for thing in manifest if thing["kind"] == "RayService"]
-    [*groups] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    for group in groups:
-        labels = group["template"]["metadata"]["labels"]
-        assert {key.replace(".", "_"): value for key, value in labels.items()}[label] == value
+    # What the sidecar passes on, and how it is named.
+    asked = dict(re.findall(r'([\w.]+)="([^"]+)"', service))
+    line = usage_event(
+        request_id="one", traceparent="", method="POST", route="/", status=200, total_ms=1.0,
+        request_bytes=1, response_bytes=1, facts={},
+    )  # fmt: skip
+    assert line["message"] == asked["jsonPayload.message"]
+    assert line["request_id"]
+    assert asked["resource.labels.namespace_name"] == "t5"
+    helpers = (ROOT / "helm/t5-summarizer/templates/_helpers.tpl").read_text()
+    sidecar = helpers.partition('define "t5.usageSidecar"')[2].partition("end -")[0]
+    assert f"- name: {asked['resource.labels.container_name']}\n" in sidecar
 
-    # And a request's line has the fields.
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def nothing(*_: Any) -> Any: ...
-
-    logger = logging.getLogger("serve_app")
-    monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "level", logger.level)
-    lines = io.StringIO()
-    monkeypatch.setattr("sys.stderr", lines)
-    configure_logging(LogSettings())
-    telemetry = SimpleNamespace(request=lambda *_: None)
-    scope = {"type": "http", "method": "POST", "headers": []}
-    await RequestMiddleware(app, telemetry, echo_request_id=False)(scope, nothing, nothing)  # type: ignore[arg-type]
-    line = json.loads(lines.getvalue())
-    for field, wanted in re.findall(r'jsonPayload\.(\w+)(?:="(\w+)")?', written):
-        assert line[field] == wanted or (not wanted and line[field])
+    # What NGINX writes.
+    asked = dict(re.findall(r'([\w.]+)="([^"]+)"', ingress))
+    template = (ROOT / "helm/t5-summarizer/templates/_nginx.tpl").read_text()
+    assert f'"message":"{asked["jsonPayload.message"]}"' in template
+    assert asked["jsonPayload.host"] == settings.host
+    assert '"host":"$host"' in template
+    assert '"request_id":"$t5_request_id' in template
