@@ -114,7 +114,7 @@ def load(layout: Path) -> None:
 
 
 def _share_blobs(one: Node, other: Node) -> None:
-    """Hard links in place of copies: containerd takes over a blob that is there under its digest."""
+    """Hard links in place of copies: containerd keeps a blob that is there under its digest."""
     folder = "io.containerd.content.v1.content/blobs/sha256"
     if one is other:
         return
