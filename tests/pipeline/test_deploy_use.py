@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -163,3 +164,59 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
     assert done.returncode == 1
     assert "127.0.0.1:9" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def pods(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `deploy` knows of the pods of IMAGE."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return runpy.run_path(str(ROOT / "scripts" / "deploy"))["Pods"](IMAGE)
+
+
+def pod(name: str, reason: str, health: str = "Progressing", image: str = IMAGE) -> dict[str, Any]:
+    """As Argo CD's resource tree has it."""
+    return {
+        "name": name,
+        "images": [image],
+        "health": {"status": health},
+        "info": [{"name": "Status Reason", "value": reason}],
+    }
+
+
+def test_pods_that_go_with_the_old_cluster_have_not_failed(pods: Any) -> None:
+    old = [pod(f"old-{n}", "Running") for n in range(5)]
+    new = [pod("new", "Running")]
+    pods.look(old, 0.0)
+    pods.look([*old, *new], 10.0)
+    assert pods.look([*(pod(one["name"], "Error", "Degraded") for one in old), *new], 90.0) == ""
+    pods.look(new, 100.0)
+    assert pods.failed == 0
+
+
+def test_workers_that_ran_and_are_no_longer_needed_have_not_failed(pods: Any) -> None:
+    pods.look([], 0.0)
+    pods.look([pod(f"worker-{n}", "Running") for n in range(5)], 10.0)
+    assert pods.look([pod(f"worker-{n}", "Error", "Degraded") for n in range(5)], 80.0) == ""
+    pods.look([], 90.0)
+    assert pods.failed == 0
+
+
+def test_pods_that_end_as_often_as_they_are_made_have_failed(pods: Any) -> None:
+    pods.look([pod("old", "Running")], 0.0)
+    for n in range(3):
+        pods.look([pod("old", "Running"), pod(f"head-{n}", "PodInitializing")], 3.0 * n)
+    pods.look([pod("old", "Running"), pod("head-3", "Error", "Degraded")], 9.0)
+    assert pods.failed == 4
+    assert "head-" in pods.last
+
+
+def test_a_pod_that_crashes_soon_after_it_ran_has_failed(pods: Any) -> None:
+    pods.look([], 0.0)
+    pods.look([pod("head", "Running")], 3.0)
+    assert "head" in pods.look([pod("head", "CrashLoopBackOff", "Degraded")], 9.0)
+    assert pods.failed == 1
+
+
+def test_pods_of_another_image_are_not_looked_at(pods: Any) -> None:
+    pods.look([], 0.0)
+    assert pods.look([pod("other", "Error", "Degraded", "registry.example.com/x")], 3.0) == ""
