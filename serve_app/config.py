@@ -10,7 +10,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+# Replicas have another working directory than whoever wrote the path.
+_OwnPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 class _Settings(BaseModel):
@@ -115,7 +125,7 @@ class AuthSettings(_Settings):
     """
 
     mode: Literal["token", "trusted-header", "off"] = "token"
-    tokens_file: Path | None = Field(None, description="default: the user's own tokens file")
+    tokens_file: _OwnPath | None = Field(None, description="default: the user's own tokens file")
     header: str = Field("X-Api-Client", pattern=r"^[A-Za-z0-9-]+$")
 
 
@@ -129,7 +139,7 @@ class UsageSettings(_Settings):
     """Usage events: a JSON line per request in files of their own, for `t5-serve usage`."""
 
     enabled: bool = Field(True, description="false: the line goes to the log, as INFO")
-    folder: Path | None = Field(None, description="default: the user's own state folder")
+    folder: _OwnPath | None = Field(None, description="default: the user's own state folder")
     max_bytes: int = Field(16 * 1024 * 1024, ge=65_536, description="a file, then the next begins")
     keep: int = Field(16, ge=2, description="files in the folder at most; the oldest go")
     queue_size: int = Field(8_192, ge=1, description="events that may wait to be written")
@@ -168,18 +178,3 @@ class ServiceSettings(_Settings):
     auth: Annotated[AuthSettings, _short("mode")] = AuthSettings()
     log: Annotated[LogSettings, _short("level")] = LogSettings()
     usage: UsageSettings = UsageSettings()
-
-    # Replicas have another working directory than whoever wrote the path.
-    @field_validator("auth")
-    @classmethod
-    def _absolute_tokens_file(cls, auth: AuthSettings) -> AuthSettings:
-        if auth.tokens_file is None:
-            return auth
-        return auth.model_copy(update={"tokens_file": auth.tokens_file.expanduser().absolute()})
-
-    @field_validator("usage")
-    @classmethod
-    def _absolute_usage_folder(cls, usage: UsageSettings) -> UsageSettings:
-        if usage.folder is None:
-            return usage
-        return usage.model_copy(update={"folder": usage.folder.expanduser().absolute()})

@@ -22,6 +22,8 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from serve_app.places import own_path
+
 logger = logging.getLogger(__name__)
 
 # Every token starts with it, so that scanners for leaked secrets can find them.
@@ -60,13 +62,7 @@ class _Content(_Strict):
 
 def default_tokens_file() -> Path:
     """The user's own tokens file; `T5_SERVE_TOKENS_FILE` and `XDG_CONFIG_HOME` move it."""
-    if named := os.environ.get("T5_SERVE_TOKENS_FILE"):
-        return Path(named).expanduser().absolute()
-    base = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    # The XDG specification: a relative path is invalid and must be ignored.
-    if not base.is_absolute():
-        base = Path("~/.config").expanduser()
-    return base / "t5-serve" / "tokens.json"
+    return own_path("T5_SERVE_TOKENS_FILE", "XDG_CONFIG_HOME", "~/.config", "t5-serve/tokens.json")
 
 
 def create(path: Path, client: str, expires_in: timedelta | None) -> tuple[TokenRecord, str]:

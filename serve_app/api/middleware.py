@@ -130,8 +130,9 @@ class RequestMiddleware:
         probe = route in ("/healthz", "/readyz") and status < 400
         if self._usage is not None and not probe:
             self._usage.record(event)
-        logged = self._usage is None and not probe
-        logger.log(logging.INFO if logged else logging.DEBUG, "request", extra=_extra(event))
+        level = logging.INFO if self._usage is None and not probe else logging.DEBUG
+        if logger.isEnabledFor(level):
+            logger.log(level, "request", extra=_extra(event))
 
 
 @dataclass(slots=True)

@@ -14,18 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from serve_app.places import own_path
+
 PREFIX, SUFFIX = "usage-", ".jsonl"
 
 
 def default_usage_folder() -> Path:
     """The user's own folder; `T5_SERVE_USAGE_FOLDER` and `XDG_STATE_HOME` move it."""
-    if named := os.environ.get("T5_SERVE_USAGE_FOLDER"):
-        return Path(named).expanduser().absolute()
-    base = Path(os.environ.get("XDG_STATE_HOME", ""))
-    # The XDG specification: a relative path is invalid and must be ignored.
-    if not base.is_absolute():
-        base = Path("~/.local/state").expanduser()
-    return base / "t5-serve" / "usage"
+    return own_path("T5_SERVE_USAGE_FOLDER", "XDG_STATE_HOME", "~/.local/state", "t5-serve/usage")
 
 
 def segments(folder: Path) -> list[Path]:

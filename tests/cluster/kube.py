@@ -73,6 +73,11 @@ def pods(component: str | None = None) -> list[Object]:
     return [p for p in items("pods", INSTANCE + more) if "deletionTimestamp" not in p["metadata"]]
 
 
+def images() -> set[str]:
+    """Images of the cluster that serves."""
+    return {c["image"] for pod in pods() for c in pod["spec"]["containers"]}
+
+
 def names(objects: list[Object]) -> set[str]:
     """Their names."""
     return {one["metadata"]["name"] for one in objects}

@@ -9,7 +9,6 @@ import os
 import shutil
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import httpx
 import yaml
 
-from tests.cluster import machine
+from tests.cluster import kube, machine
 from tests.cluster.components import BIN, ROOT
 from tests.cluster.daemons import LOGS, REGISTRIES, RUN
 from tests.cluster.network import DNS
@@ -43,7 +42,7 @@ def running() -> Iterator[None]:
         ),
     ]  # fmt: skip
     try:
-        _until_it_answers()
+        kube.until("the registry", lambda: _registry("/v2/").raise_for_status(), 30, every=0.2)
         yield
     finally:
         for process in started:
@@ -136,15 +135,3 @@ def _git() -> None:
     ).stdout  # fmt: skip
     files = {name: (ROOT / name).read_text() for name in listed.split() if (ROOT / name).exists()}
     commit(files, "Chart and values")
-
-
-def _until_it_answers() -> None:
-    end = time.monotonic() + 30
-    while True:
-        try:
-            _registry("/v2/").raise_for_status()
-            return
-        except httpx.HTTPError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)

@@ -27,10 +27,6 @@ class Served:
     chart: str = ""
     release: Release = field(default_factory=lambda: Release(""))
 
-    def running(self) -> set[str]:
-        """Images of the pods that serve."""
-        return {c["image"] for p in kube.pods() for c in p["spec"]["containers"]}
-
 
 @pytest.fixture(scope="session")
 def first(
@@ -55,7 +51,7 @@ def first(
 
 
 def test_the_first_release_is_served(first: Served) -> None:
-    assert first.running() == {first.image}
+    assert kube.images() == {first.image}
     assert first.release.ask("t5s_wrong").status_code in (401, 403)
     log = kube.kubectl("logs", f"job/{kube.RELEASE}-smoke")
     assert "summary: " in log
@@ -92,7 +88,7 @@ def test_the_next_release_replaces_the_first_without_a_failed_request(
         took = time.monotonic() - pushed
         # Healthy means the new one: `Ready` was true all the time.
         assert kube.active_cluster() != old
-        assert first.running() == {made}
+        assert kube.images() == {made}
     assert f"now: {first.image}" in told
     figure(
         "next release",
@@ -106,7 +102,7 @@ def test_the_same_release_again_changes_nothing(first: Served, pipeline: Pipelin
     pods = kube.names(kube.pods())
     pipeline.deploy(first.image, first.values, f"--chart-version={first.chart}")
     assert kube.names(kube.pods("head")) <= pods
-    assert first.running() == {first.image}
+    assert kube.images() == {first.image}
 
 
 def test_the_chart_of_the_commit_serves_as_well_as_the_pushed_one(
@@ -151,7 +147,7 @@ def test_a_broken_image_is_rolled_back(
         took = time.monotonic() - began
     assert releases.last_error(told, reason), told
     assert f"Rolled back: {first.image}, chart {first.chart} serves." in told
-    assert first.running() == {first.image}
+    assert kube.images() == {first.image}
     status = argocd.application()["status"]
     assert (status["sync"]["status"], status["health"]["status"]) == ("Synced", "Healthy")
     figure(f"an image that {name}: noticed and rolled back", f"{took:.0f} s, {load.summary()}")
