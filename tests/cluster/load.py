@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -21,6 +22,7 @@ TEXT = (
 class Answer:
     """`status` 0: the connection failed; times in seconds since the load began."""
 
+    request_id: str
     sent: float
     done: float
     status: int
@@ -92,13 +94,15 @@ class Load:
             await asyncio.gather(*pending)
 
     async def _one(self, client: httpx.AsyncClient) -> None:
-        sent = self.now()
+        sent, request_id = self.now(), uuid.uuid4().hex
         try:
             answer = await client.post(
-                f"{self.url}/v1/summarize", json={"text": TEXT, "timeout_s": 50}
+                f"{self.url}/v1/summarize",
+                json={"text": TEXT, "timeout_s": 50},
+                headers={"X-Request-Id": request_id},
             )
             status = answer.status_code
             detail = "" if status == 200 else answer.text[:160]
         except httpx.HTTPError as error:
             status, detail = 0, type(error).__name__
-        self.answers.append(Answer(sent, self.now(), status, detail))
+        self.answers.append(Answer(request_id, sent, self.now(), status, detail))
