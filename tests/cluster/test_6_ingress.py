@@ -262,16 +262,35 @@ def test_the_dashboard_needs_its_password(
     address = _controller(
         "get", "service", f"{CONTROLLER}-controller", "--output=jsonpath={.spec.clusterIP}"
     )
+    template = "--output=go-template={{.data.auth_token | base64decode}}"
+    rays = kube.kubectl("get", "secret", cluster, template)
     trust = ssl.create_default_context(cafile=tmp_path / "crt")
     with httpx.Client(base_url=f"https://{address}", headers={"Host": host}, verify=trust) as ray:
         names = {"sni_hostname": host}
+        password = ("operator", "secret")
 
-        def ask(**more: Any) -> int:
-            return ray.get("/", extensions=names, **more).status_code
+        def ask(path: str = "/", **more: Any) -> int:
+            return ray.get(path, extensions=names, **more).status_code
+
+        def login(token: str) -> httpx.Response:
+            return ray.post(
+                "/api/authenticate",
+                headers={"Authorization": f"Bearer {token}"},
+                extensions=names,
+            )
 
         kube.until("the route is there", lambda: ask() == 401, 60)
         assert ask(auth=("operator", "wrong")) == 401
-        assert ask(auth=("operator", "secret")) == 200
+        assert ask(auth=password) == 200
+        # The page then asks for Ray's own token, and keeps it in a cookie.
+        state = "/api/serve/applications/"
+        assert ask(state, auth=password) == 401
+        assert login("wrong").status_code == 403
+        answer = login(rays)
+        assert answer.status_code == 200
+        assert "; secure" in answer.headers["set-cookie"].lower()
+        assert ask(state, auth=password) == 200
+        assert ask(state) == 401
         plain = httpx.get(f"http://{address}/", headers={"Host": host})
         assert (plain.status_code, plain.headers["location"]) == (308, f"https://{host}/")
     assert kube.active_cluster() == cluster
