@@ -1,5 +1,6 @@
 //go:build tools
 
+// Package tools names the programs, so that go.mod and go.sum pin all they are made of.
 package tools
 
 import (
