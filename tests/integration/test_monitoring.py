@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "t5-summarizer"
 # Of a GPU, and there is none: tests/chart/test_dashboards.py sees that Ray still has the name.
 NEED_A_GPU = "ray_node_gpus_utilization"
-# Fire within the test: their condition is made to happen. The others, and the times that all of them
-# take, are promtool's: tests/chart/test_rules.py.
+# Fire within the test: their condition is made to happen. The others, and the times that all of
+# them take, are promtool's: tests/chart/test_rules.py.
 FIRE = {
     "T5ErrorBudgetBurnsFast",
     "T5ErrorBudgetBurns",

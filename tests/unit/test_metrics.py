@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from monitoring.docs import PAGE, updated
 from serve_app.engine.client import EngineClient
 from serve_app.engine.continuous import ContinuousEngine
 from serve_app.engine.protocol import (
@@ -143,3 +144,10 @@ async def test_encoding_has_its_share_of_a_step(checkpoint: Any, direct: Direct)
     assert 0 < first.encode_seconds < first.seconds
     assert others
     assert {batch.encode_seconds for batch in others} == {0.0}
+
+
+def test_the_page_lists_the_series_that_there_are() -> None:
+    page = PAGE.read_text()
+    assert page == updated(page), "run `python -m monitoring`, or `make chart`"
+    for one in (*API_SERIES, *ENGINE_SERIES):
+        assert f"| `{one.exported}` |" in page
