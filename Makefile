@@ -14,6 +14,8 @@ ACTIONLINT_VERSION := v1.7.12
 KUBERAY_VERSION := v1.6.2
 KUBERNETES_VERSION := v1.34.4
 PROMETHEUS_OPERATOR_VERSION := v0.92.1
+# A stamp for what tests/prometheus pins.
+PROMETHEUS := $(shell cat tests/prometheus/go.* | cksum | cut -d' ' -f1)
 CHART := helm/t5-summarizer
 IMAGE ?= t5-serve
 BUILDER ?= docker
@@ -83,17 +85,19 @@ lock: $(VENV)/.installed ## the lock files from pyproject.toml
 image: ## the container image, tagged with version and commit (BUILDER: docker, podman, buildah)
 	@LAYOUT=none BUILDER=$(BUILDER) IMAGE=$(IMAGE) scripts/build-image $(ARGS)
 
-chart: chart-tools ## the chart's README and kuberay/rayservice.yaml, from its values
+chart: $(VENV)/.installed chart-tools ## the chart's README, dashboards and kuberay/rayservice.yaml
+	$(BIN)/python -m monitoring
 	.tools/bin/helm-docs --chart-search-root $(CHART) --log-level warning
 	.tools/bin/helm template t5-summarizer $(CHART) --namespace default \
 		--show-only templates/serviceaccount.yaml --show-only templates/rayservice.yaml \
 		| sed -e '/helm.sh.chart:/d' -e '/managed-by: Helm/d' -e '/^# Source:/d' > kuberay/rayservice.yaml
 
-chart-tools: ## helm, helm-docs, schemas and actionlint for the tests (needs go; without it they skip)
+chart-tools: ## helm, helm-docs, schemas, actionlint and Prometheus for the tests (needs go; without it they skip)
 	@if command -v go >/dev/null; then \
 		$(MAKE) --no-print-directory .tools/helm-$(HELM_VERSION) .tools/helm-docs-$(HELM_DOCS_VERSION) \
 			.tools/actionlint-$(ACTIONLINT_VERSION) \
-			.tools/schemas-$(KUBERAY_VERSION)-$(KUBERNETES_VERSION)-$(PROMETHEUS_OPERATOR_VERSION); \
+			.tools/schemas-$(KUBERAY_VERSION)-$(KUBERNETES_VERSION)-$(PROMETHEUS_OPERATOR_VERSION)-rules \
+			.tools/prometheus-$(PROMETHEUS); \
 	else echo "no go here: without helm the tests of the chart are skipped"; fi
 
 helm: .tools/helm-$(HELM_VERSION) ## that helm alone
@@ -118,12 +122,20 @@ deploy-tools: .tools/deploy/.installed ## what scripts/deploy imports
 	GOBIN=$(CURDIR)/.tools/bin go install github.com/norwoodj/helm-docs/cmd/helm-docs@v$*
 	@touch $@
 
+# Less all its service discovery, which takes half the time to build.
+.tools/prometheus-%:
+	cd tests/prometheus && CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -tags remove_all_sd \
+		-o $(CURDIR)/.tools/bin/ github.com/prometheus/prometheus/cmd/prometheus \
+		github.com/prometheus/prometheus/cmd/promtool
+	@touch $@
+
 module = $$(go mod download -json $(1) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
 .tools/schemas-%:
 	@mkdir -p .tools/schemas
 	cd .tools/schemas && cp -f $(call module,github.com/ray-project/kuberay/ray-operator@$(KUBERAY_VERSION))/config/crd/bases/ray.io_rayservices.yaml \
 		$(call module,k8s.io/kubernetes@$(KUBERNETES_VERSION))/api/openapi-spec/swagger.json \
-		$(call module,github.com/prometheus-operator/prometheus-operator@$(PROMETHEUS_OPERATOR_VERSION))/example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml .
+		$(call module,github.com/prometheus-operator/prometheus-operator@$(PROMETHEUS_OPERATOR_VERSION))/example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml \
+		$(call module,github.com/prometheus-operator/prometheus-operator@$(PROMETHEUS_OPERATOR_VERSION))/example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml .
 	@touch $@
 
 demo-data: $(VENV)/.installed ## the demo model's data and vocabulary (Debian: uses apt's package lists)

@@ -49,7 +49,11 @@ class Ours:
                 )  # fmt: skip
                 return self._engine
 
-            return EngineClient(make, self._batches.append)
+            def seen(event: object) -> None:
+                if isinstance(event, BatchRan):
+                    self._batches.append(event)
+
+            return EngineClient(make, seen)
 
         self._client = self._run(open_client())
 

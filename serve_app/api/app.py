@@ -63,6 +63,7 @@ def create_app(
         name = authenticate(request)
         request.state.client = name
         request.state.facts = {"client": name}
+        telemetry.entered(name)
         return name
 
     # HTTPBearer only documents the scheme; `client` is what checks.
@@ -84,6 +85,7 @@ def problem_response(error: ServiceError, request: Request) -> Response:
 def _add_errors(app: FastAPI) -> None:
     async def service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
+        request.app.state.telemetry.failed(error)
         request.state.facts = {
             **getattr(request.state, "facts", {}),
             "error_type": error.kind,

@@ -115,7 +115,11 @@ class RequestMiddleware:
         # 499: the client went away before the first byte.
         status = seen.status or 499
         route = getattr(scope.get("route"), "path", None) or "unmatched"
+        facts = scope["state"].get("facts", {})
         self._telemetry.request(route, status, milliseconds)
+        if (client := facts.get("client")) is not None:
+            tokens = facts.get("input_tokens", 0), facts.get("output_tokens", 0)
+            self._telemetry.left(client, status, *tokens)
         event = usage_event(
             request_id=scope["state"]["request_id"],
             traceparent=Headers(scope=scope).get("traceparent", ""),
@@ -125,7 +129,7 @@ class RequestMiddleware:
             total_ms=milliseconds,
             request_bytes=seen.request_bytes,
             response_bytes=seen.response_bytes,
-            facts=scope["state"].get("facts", {}),
+            facts=facts,
         )
         probe = route in ("/healthz", "/readyz") and status < 400
         if self._usage is not None and not probe:

@@ -78,6 +78,7 @@ async def summarize_batch(request: Request) -> Response:
             job = decide(text, body, service.defaults, service.limits, field, share)
             return BatchItem(index=index, result=await service.summarize(job))
         except ServiceError as error:
+            request.app.state.telemetry.failed(error)
             problem = error.problem(request.state.request_id)
             return BatchItem(index=index, error=Problem.model_validate(problem))
 
@@ -184,6 +185,7 @@ async def _frames(
     except StopAsyncIteration:
         return
     except ServiceError as error:
+        request.app.state.telemetry.failed(error)
         _note(request, error_type=error.kind)
         yield _frame("error", error.problem(request.state.request_id))
     finally:

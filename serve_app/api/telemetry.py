@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
-from ray.serve import metrics
+from serve_app.errors import ServiceError
+from serve_app.metrics.clients import Clients
+from serve_app.metrics.exporter import Exporter
+from serve_app.metrics.series import API_SERIES
 
-_MS: list[float] = [
-    5,
-    10,
-    25,
-    50,
-    100,
-    250,
-    500,
-    1_000,
-    2_500,
-    5_000,
-    10_000,
-    30_000,
-    60_000,
-    120_000,
-    300_000,
-]
+_SHED = (429, 503)
 
 
 class Telemetry(Protocol):
     """Where the ingress reports to."""
+
+    def entered(self, client: str) -> None:
+        """A request of this client has begun; `left` follows."""
+
+    def left(self, client: str, status: int, input_tokens: int, output_tokens: int) -> None:
+        """A request that `entered` is over. Tokens as in its usage event."""
 
     def request(self, route: str, status: int, milliseconds: float) -> None:
         """A request has been answered."""
@@ -34,44 +28,51 @@ class Telemetry(Protocol):
     def summary(self, *, truncated: bool, chunks: int) -> None:
         """A summary was made; truncation is never silent."""
 
+    def failed(self, error: ServiceError) -> None:
+        """A text got no summary: the whole request's answer, or one of a batch."""
+
     def usage_dropped(self, count: int) -> None:
         """So many usage events could not be kept. Called from any thread."""
 
 
 class ServeTelemetry:
-    """`Telemetry` on `ray.serve.metrics`; Ray adds deployment, replica and application labels."""
+    """`Telemetry` on `ray.serve.metrics`; made on a replica's event loop."""
 
     def __init__(self) -> None:
-        self._requests = metrics.Counter(
-            "t5_http_requests",
-            description="HTTP requests answered.",
-            tag_keys=("http_route", "status"),  # type: ignore[arg-type]  # Ray says tuple[str]
-        )
-        self._latency = metrics.Histogram(
-            "t5_http_latency_ms",
-            description="Time from request to the end of its answer.",
-            boundaries=_MS,
-            tag_keys=("http_route",),
-        )
-        self._truncated = metrics.Counter(
-            "t5_truncated_texts", description="Texts of which a part was left out."
-        )
-        self._chunks = metrics.Counter("t5_chunks", description="Parts that texts were split into.")
-        self._dropped = metrics.Counter(
-            "t5_usage_events_dropped", description="Usage events that could not be kept."
-        )
+        self._to = Exporter(API_SERIES)
+        self._clients = Clients()
+        self._exporting = asyncio.create_task(self._to.run(self._refresh))
+
+    def entered(self, client: str) -> None:
+        """See `Telemetry.entered`."""
+        self._clients.entered(client)
+
+    def left(self, client: str, status: int, input_tokens: int, output_tokens: int) -> None:
+        """See `Telemetry.left`."""
+        label = self._clients.left(client)
+        self._to.add("t5_client_requests", 1, label, f"{status // 100}xx")
+        self._to.add("t5_client_tokens", input_tokens, label, "input")
+        self._to.add("t5_client_tokens", output_tokens, label, "output")
 
     def request(self, route: str, status: int, milliseconds: float) -> None:
         """See `Telemetry.request`."""
-        self._requests.inc(1, tags={"http_route": route, "status": str(status)})
-        self._latency.observe(max(milliseconds, 1e-3), tags={"http_route": route})
+        self._to.add("t5_http_requests", 1, route, str(status))
+        self._to.observe("t5_http_latency_ms", milliseconds, route)
 
     def summary(self, *, truncated: bool, chunks: int) -> None:
         """See `Telemetry.summary`."""
-        self._chunks.inc(chunks)
-        if truncated:
-            self._truncated.inc(1)
+        self._to.add("t5_chunks", chunks)
+        self._to.add("t5_truncated_texts", truncated)
+
+    def failed(self, error: ServiceError) -> None:
+        """See `Telemetry.failed`."""
+        if int(error.status) in _SHED:
+            self._to.add("t5_shed_texts", 1, error.kind)
 
     def usage_dropped(self, count: int) -> None:
         """See `Telemetry.usage_dropped`."""
-        self._dropped.inc(count)
+        self._to.inc_now("t5_usage_events_dropped", count)
+
+    def _refresh(self) -> None:
+        for client, count in self._clients.in_flight.items():
+            self._to.set("t5_client_requests_in_flight", count, client)

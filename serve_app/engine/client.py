@@ -26,15 +26,18 @@ class EngineClient:
 
     Args:
         make_engine: builds the engine around the callback it is given.
-        on_batch: called on the loop for every batch that went through the model.
+        on_event: called on the loop for every batch that went through the model and for the end of
+            every request, whether anyone still waits for it or not.
     """
 
     def __init__(
-        self, make_engine: MakeEngine, on_batch: Callable[[BatchRan], None] | None = None
+        self,
+        make_engine: MakeEngine,
+        on_event: Callable[[BatchRan | Finished | Failed], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
-        self._on_batch = on_batch
+        self._on_event = on_event
         self._engine = make_engine(self._emit)
 
     def load(self) -> EngineLoad:
@@ -97,8 +100,7 @@ class EngineClient:
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
-            if isinstance(event, BatchRan):
-                if self._on_batch is not None:
-                    self._on_batch(event)
-            elif (inbox := self._inboxes.get(event.id)) is not None:
+            if self._on_event is not None and not isinstance(event, Tokens):
+                self._on_event(event)
+            if (inbox := self._inboxes.get(event.id)) is not None:
                 inbox.put_nowait(event)

@@ -48,12 +48,14 @@ class ContinuousEngine(EngineThread):
         )
         self._runner = self._make_runner(self._checkpoint, plan)
         self._undrained_s = 0.0
+        self._slots = self._runner.most_rows
 
     @torch.inference_mode()
     def _work(self) -> None:
         began = time.monotonic()
         self._drop_dead(began)
         encoded = self._admit()
+        encode_seconds = time.monotonic() - began if encoded else 0.0
         documents = len(self._runner.entries)
         if not documents:
             return
@@ -74,7 +76,8 @@ class ContinuousEngine(EngineThread):
             self._leave([advance.entry for advance in advances if advance.output is not None])
         seconds = time.monotonic() - began
         self._account(events, seconds)
-        self._finish([*events, BatchRan(documents, encoded, made, seconds, drafted, accepted)])
+        ran = BatchRan(documents, encoded, made, seconds, drafted, accepted, encode_seconds)
+        self._finish([*events, ran])
 
     def _drop_dead(self, now: float) -> None:
         """Free the slots of requests nobody waits for any more."""
@@ -156,6 +159,7 @@ class ContinuousEngine(EngineThread):
     def _update_running(self) -> None:
         with self._lock:
             self._running = list(self._runner.entries)
+            self._slots_used = self._runner.rows
 
 
 def make_runner(checkpoint: Checkpoint, plan: Plan) -> Runner:

@@ -108,18 +108,20 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request is over and has no result."""
+    """The request is over and has no result. `compute_ms` it had spent in the model."""
 
     id: str
     reason: FailureReason
     message: str
+    compute_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRan:
     """A batch went through the model; for metrics. `seconds` is wall time on the device.
 
-    Of the `drafted` tokens that were tried, `accepted` ones were right: they are among the
+    `encode_seconds` of them went into encoding documents that came in, 0 where none did. Of the
+    `drafted` tokens that were tried, `accepted` ones were right: they are among the
     `output_tokens`.
     """
 
@@ -129,6 +131,7 @@ class BatchRan:
     seconds: float
     drafted: int = 0
     accepted: int = 0
+    encode_seconds: float = 0.0
     id: str = field(default="", init=False)
 
 
@@ -142,6 +145,8 @@ class EngineLoad:
 
     `drain_tokens_per_s` is the measured rate at which input tokens leave the queue, or None
     before anything has been measured. `last_step_age_s` is None before the first step.
+    `no_progress_s` is the time since the last step while there is something to do, else 0. `slots`
+    are the rows of the running batch, `slots_used` those taken; a document takes one per beam.
     """
 
     waiting_requests: int
@@ -150,6 +155,9 @@ class EngineLoad:
     steps: int
     drain_tokens_per_s: float | None
     last_step_age_s: float | None
+    no_progress_s: float = 0.0
+    slots: int = 0
+    slots_used: int = 0
 
     def retry_after_s(self, extra_tokens: int = 0) -> float:
         """Seconds until the tokens waiting now have drained at the measured rate."""

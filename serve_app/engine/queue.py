@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ class Entry:
     def tokens(self) -> int:
         """Encoder input length."""
         return len(self.request.input_ids)
+
+    def computed_ms(self, now: float | None = None) -> float:
+        """Milliseconds in the model so far, 0 while it waits."""
+        return ((now or time.monotonic()) - self.started) * 1e3 if self.started else 0.0
 
     def late(self, now: float) -> bool:
         """Whether the deadline has passed."""

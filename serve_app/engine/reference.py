@@ -45,6 +45,7 @@ class ReferenceEngine(EngineThread):
 
     def _open(self) -> None:
         self._model = _load_model(self._checkpoint, self._device, self._dtype)
+        self._slots = self._max_batch_size or _BATCH_SIZE
 
     def _work(self) -> None:
         with self._lock:
@@ -53,6 +54,7 @@ class ReferenceEngine(EngineThread):
             self._generate(batch)
             with self._lock:
                 self._running = []
+                self._slots_used = 0
 
     def _take(self) -> list[Entry]:
         """The request whose turn it is and, in order, all that can share a `generate()` with it."""
@@ -66,7 +68,7 @@ class ReferenceEngine(EngineThread):
             grown = max(longest, entry.tokens)
             if count and (
                 entry.request.settings != settings
-                or count == (self._max_batch_size or _BATCH_SIZE)
+                or count == self._slots
                 or grown * (count + 1) > self._max_batch_tokens
             ):
                 return False
@@ -78,6 +80,7 @@ class ReferenceEngine(EngineThread):
         for entry in batch:
             entry.started = now
         self._running = batch
+        self._slots_used = len(batch)
         return batch
 
     def _generate(self, batch: list[Entry]) -> None:

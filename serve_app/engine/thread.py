@@ -85,6 +85,8 @@ class EngineThread:
         self._steps = 0
         self._last_step: float | None = None
         self._busy_since: float | None = None
+        self._slots = 0  # rows of the running batch
+        self._slots_used = 0
         self._sweep_at = math.inf  # when the first request that waits may be late
         self._opened = threading.Event()
         self._open_error: Exception | None = None
@@ -134,9 +136,7 @@ class EngineThread:
         with self._lock:
             if not self._thread.is_alive():
                 return "the engine thread has died"
-            if self._busy_since is None:
-                return None
-            age = time.monotonic() - max(self._last_step or 0.0, self._busy_since)
+            age = self._no_progress_s()
             return f"no step for {age:.0f} s while busy" if age > limit_s else None
 
     def close(self) -> None:
@@ -245,7 +245,15 @@ class EngineThread:
             steps=self._steps,
             drain_tokens_per_s=self._drain_rate,
             last_step_age_s=age,
+            no_progress_s=self._no_progress_s(),
+            slots=self._slots,
+            slots_used=self._slots_used,
         )
+
+    def _no_progress_s(self) -> float:
+        if self._busy_since is None:
+            return 0.0
+        return time.monotonic() - max(self._last_step or 0.0, self._busy_since)
 
 
 def padded(batch: Sequence[Entry], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -260,13 +268,15 @@ def padded(batch: Sequence[Entry], pad_id: int, device: torch.device) -> tuple[T
 def broken(entry: Entry, error: Exception) -> Failed:
     """The end of a request that the engine failed on."""
     message = f"{type(error).__name__}: {error}"
-    return Failed(entry.request.id, FailureReason.ERROR, message)
+    return Failed(entry.request.id, FailureReason.ERROR, message, entry.computed_ms())
 
 
 def failure(entry: Entry, now: float) -> Failed | None:
     """Why nobody waits for this request any more, or None."""
     if entry.cancelled:
-        return Failed(entry.request.id, FailureReason.CANCELLED, "cancelled")
-    if entry.late(now):
-        return Failed(entry.request.id, FailureReason.DEADLINE, "the deadline has passed")
-    return None
+        reason, message = FailureReason.CANCELLED, "cancelled"
+    elif entry.late(now):
+        reason, message = FailureReason.DEADLINE, "the deadline has passed"
+    else:
+        return None
+    return Failed(entry.request.id, reason, message, entry.computed_ms(now))

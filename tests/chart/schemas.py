@@ -15,6 +15,7 @@ from tests.chart.conftest import NGINX_CRDS, SCHEMAS, missing
 _CRDS = {
     "RayService": SCHEMAS / "ray.io_rayservices.yaml",
     "PodMonitor": SCHEMAS / "monitoring.coreos.com_podmonitors.yaml",
+    "PrometheusRule": SCHEMAS / "monitoring.coreos.com_prometheusrules.yaml",
     "VirtualServer": NGINX_CRDS / "k8s.nginx.org_virtualservers.yaml",
     "Policy": NGINX_CRDS / "k8s.nginx.org_policies.yaml",
 }

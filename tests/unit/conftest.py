@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.client import EngineClient
-from serve_app.engine.protocol import BatchRan, Emit
+from serve_app.engine.protocol import BatchRan, Emit, Failed, Finished
 from serve_app.engine.reference import ReferenceEngine
 
 
@@ -43,20 +43,30 @@ def direct(checkpoint: Checkpoint) -> Direct:
 
 
 class Clients:
-    """Makes engine clients and closes them in the end. `batches` is what went through each."""
+    """Makes engine clients and closes them in the end.
+
+    `batches` is what went through each, `ends` how each request ended, waited for or not.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._clients: list[EngineClient] = []
         self.batches: list[BatchRan] = []
+        self.ends: list[Finished | Failed] = []
 
     def __call__(self, **options: Any) -> EngineClient:
         def make(emit: Emit) -> ReferenceEngine:
             return ReferenceEngine(self._checkpoint, emit, threads=1, **options)
 
-        client = EngineClient(make, self.batches.append)
+        client = EngineClient(make, self._seen)
         self._clients.append(client)
         return client
+
+    def _seen(self, event: BatchRan | Finished | Failed) -> None:
+        if isinstance(event, BatchRan):
+            self.batches.append(event)
+        else:
+            self.ends.append(event)
 
     def close(self) -> None:
         for client in self._clients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from serve_app.config import ApiSettings, Limits
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.client import EngineClient
 from serve_app.engine.protocol import EngineRequest, Finished, QueueFullError, Tokens
+from serve_app.errors import ServiceError
 from serve_app.usage.writer import UsageSink
 
 
@@ -54,6 +56,9 @@ class Recorded:
 
     requests: list[tuple[str, int]] = field(default_factory=list)
     summaries: list[tuple[bool, int]] = field(default_factory=list)
+    in_flight: Counter[str] = field(default_factory=Counter)
+    bills: list[tuple[str, int, int, int]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def request(self, route: str, status: int, milliseconds: float) -> None:
         assert milliseconds >= 0
@@ -61,6 +66,16 @@ class Recorded:
 
     def summary(self, *, truncated: bool, chunks: int) -> None:
         self.summaries.append((truncated, chunks))
+
+    def entered(self, client: str) -> None:
+        self.in_flight[client] += 1
+
+    def left(self, client: str, status: int, input_tokens: int, output_tokens: int) -> None:
+        self.in_flight[client] -= 1
+        self.bills.append((client, status, input_tokens, output_tokens))
+
+    def failed(self, error: ServiceError) -> None:
+        self.failures.append(error.kind)
 
     def usage_dropped(self, count: int) -> None:
         raise AssertionError("nothing here writes usage events")

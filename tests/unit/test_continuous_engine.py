@@ -108,7 +108,9 @@ async def running(
 ) -> AsyncIterator[EngineClient]:
     client = EngineClient(
         lambda emit: Engine(checkpoint, emit, threads=1, runner=runner, **options),
-        None if batches is None else batches.append,
+        lambda event: (
+            batches.append(event) if batches is not None and isinstance(event, BatchRan) else None
+        ),
     )
     try:
         yield client

@@ -437,3 +437,11 @@ places the replicas of a deployment in this group and nowhere else.
       volumes:
         {{- include "t5.workerVolumes" . | nindent 8 }}
 {{- end -}}
+
+{{/* What to do, and where more of it stands: (dict "rules" .Values.metrics.rules "alert" "T5Down" "do" "…"). */}}
+{{- define "t5.runbook" -}}
+runbook: {{ .do | quote }}
+{{- with .rules.runbookUrl }}
+runbook_url: {{ printf "%s#%s" . (lower $.alert) | quote }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,1 @@
+"""Grafana's dashboards as code, and a Prometheus to try them on."""

@@ -1,0 +1,1 @@
+"""Prometheus series of the service: which there are, and how they get to Ray's metrics port."""
