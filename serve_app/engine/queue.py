@@ -16,6 +16,7 @@ class Entry:
     request: EngineRequest
     arrived: float
     started: float = 0.0
+    encoded: float = 0.0
     streamed: int = 0  # output tokens already handed out
     cancelled: bool = False
     over: bool = field(default=False)  # its last event has been emitted
@@ -24,6 +25,11 @@ class Entry:
     def tokens(self) -> int:
         """Encoder input length."""
         return len(self.request.input_ids)
+
+    @property
+    def origin(self) -> str:
+        """Whose it is, for logs."""
+        return self.request.origin or self.request.id
 
     def late(self, now: float) -> bool:
         """Whether the deadline has passed."""
