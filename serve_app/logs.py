@@ -24,7 +24,9 @@ class _RequestIds(logging.Filter):
 
 def configure_logging(settings: LogSettings) -> None:
     """Send this package's log records to stderr as JSON lines. Safe to call twice."""
-    handler = logging.StreamHandler(sys.stderr)
+    # Not `sys.stderr`: with RAY_SERVE_LOG_TO_STDERR=0 Serve puts its own log in that one's place,
+    # and wraps each line as the message of another, at INFO.
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.addFilter(_RequestIds())
     handler.setFormatter(
         JsonFormatter(

@@ -213,6 +213,10 @@ seccompProfile:
   value: /tmp
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
+# A replica's stderr has the service's own JSON lines alone; Serve's, which are plain text there, are
+# in Ray's folder of logs, as `serve.logging` says.
+- name: RAY_SERVE_LOG_TO_STDERR
+  value: "0"
 {{- if not .Values.rayAuth.enabled }}
 # Said outright: Ray's default differs between versions.
 - name: RAY_AUTH_MODE
