@@ -18,7 +18,8 @@ class Call:
     """One encoder input to run.
 
     `timeout_s` is what is left of the request's deadline; calls of one `share`, a client, wait for
-    each other.
+    each other. `stage` is what it is for: `map`, `reduce` or `final`. `request_id` is that of its
+    request, `traceparent` (W3C Trace Context; empty: none) of the span that it is part of.
     """
 
     id: str
@@ -26,6 +27,9 @@ class Call:
     settings: GenerationSettings
     timeout_s: float
     share: str = ""
+    stage: str = "final"
+    request_id: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

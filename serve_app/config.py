@@ -145,6 +145,20 @@ class UsageSettings(_Settings):
     queue_size: int = Field(8_192, ge=1, description="events that may wait to be written")
 
 
+class TracingSettings(_Settings):
+    """Traces by OpenTelemetry: spans of requests, sent to a collector. Without one: none."""
+
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^/]+(/.*)?$",
+        description="a collector's OTLP over HTTP, as http://collector:4318; /v1/traces is added",
+    )
+    sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="of requests whose traceparent does not decide"
+    )
+    queue_size: int = Field(4_096, ge=1, description="spans that may wait to be sent")
+
+
 def _short(key: str) -> BeforeValidator:
     """Let a plain string stand for a section's main key: `serve run` can only pass strings."""
 
@@ -178,3 +192,4 @@ class ServiceSettings(_Settings):
     auth: Annotated[AuthSettings, _short("mode")] = AuthSettings()
     log: Annotated[LogSettings, _short("level")] = LogSettings()
     usage: UsageSettings = UsageSettings()
+    tracing: Annotated[TracingSettings, _short("endpoint")] = TracingSettings()

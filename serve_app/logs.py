@@ -11,19 +11,23 @@ from pythonjsonlogger.json import JsonFormatter
 from serve_app.config import LogSettings
 
 request_id_var: ContextVar[str] = ContextVar("request_id", default="")
+trace_id_var: ContextVar[str] = ContextVar("trace_id", default="")
 
 
-class _RequestId(logging.Filter):
+class _RequestIds(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        if request_id := request_id_var.get():
-            record.request_id = request_id
+        for name, var in (("request_id", request_id_var), ("trace_id", trace_id_var)):
+            if (value := var.get()) and not hasattr(record, name):
+                setattr(record, name, value)
         return True
 
 
 def configure_logging(settings: LogSettings) -> None:
     """Send this package's log records to stderr as JSON lines. Safe to call twice."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_RequestId())
+    # Not `sys.stderr`: with RAY_SERVE_LOG_TO_STDERR=0 Serve puts its own log in that one's place,
+    # and wraps each line as the message of another, at INFO.
+    handler = logging.StreamHandler(sys.__stderr__)
+    handler.addFilter(_RequestIds())
     handler.setFormatter(
         JsonFormatter(
             "{asctime}{levelname}{name}{message}",
@@ -32,7 +36,9 @@ def configure_logging(settings: LogSettings) -> None:
             datefmt="%Y-%m-%dT%H:%M:%S%z",
         )
     )
-    logger = logging.getLogger("serve_app")
-    logger.handlers = [handler]
-    logger.setLevel(settings.level)
-    logger.propagate = False
+    # opentelemetry's: what became of the spans.
+    for name, level in (("serve_app", settings.level), ("opentelemetry", "WARNING")):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

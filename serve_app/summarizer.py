@@ -8,9 +8,9 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -29,10 +29,14 @@ from serve_app.engine.protocol import (
     QueueFullError,
     Tokens,
 )
-from serve_app.logs import configure_logging
+from serve_app.logs import configure_logging, request_id_var, trace_id_var
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.exporter import Exporter
 from serve_app.metrics.series import ENGINE_SERIES
+from serve_app.usage.events import trace_id
+
+if TYPE_CHECKING:
+    from serve_app.tracing.replica import CallSpan, ReplicaTracing
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class Summarizer:
 
         self._settings = ServiceSettings.model_validate(settings)
         configure_logging(self._settings.log)
+        self._tracing = self._open_tracing()
         model = self._settings.model
         checkpoint = await asyncio.to_thread(resolve, model.name, model.revision)
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
@@ -72,19 +77,29 @@ class Summarizer:
 
     async def run(self, call: Call) -> Outcome:
         """Run one encoder input to its end."""
-        try:
-            return await self._client.run(_request(call, stream=False))
-        except (QueueFullError, EngineStoppedError) as error:
-            return self._refused(call, error)
+        with self._traced(call) as span:
+            try:
+                outcome: Outcome = await self._client.run(_request(call, stream=False))
+            except (QueueFullError, EngineStoppedError) as error:
+                outcome = self._refused(call, error)
+            self._over(outcome, span)
+            return outcome
 
     async def stream(self, call: Call) -> AsyncGenerator[Tokens | Outcome]:
         """Run one encoder input, giving its tokens as they come; the outcome is last."""
-        try:
-            async with aclosing(self._client.events(_request(call, stream=True))) as events:
-                async for event in events:
-                    yield event
-        except (QueueFullError, EngineStoppedError) as error:
-            yield self._refused(call, error)
+        with self._traced(call) as span:
+            try:
+                async with aclosing(self._client.events(_request(call, stream=True))) as events:
+                    async for event in events:
+                        if not isinstance(event, Tokens):
+                            self._over(event, span)
+                        elif span is not None:
+                            span.tokens()
+                        yield event
+            except (QueueFullError, EngineStoppedError) as error:
+                outcome = self._refused(call, error)
+                self._over(outcome, span)
+                yield outcome
 
     async def probe(self, max_age_s: float) -> Probe:
         """Give proof of a completed step no older than `max_age_s`, making one if need be."""
@@ -106,6 +121,30 @@ class Summarizer:
         client = getattr(self, "_client", None)
         if client is not None:
             client.close()
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            tracing.close()
+
+    def _open_tracing(self) -> ReplicaTracing | None:
+        if self._settings.tracing.endpoint is None:
+            return None
+        from serve_app.tracing.replica import ReplicaTracing
+        from serve_app.tracing.serve import provider_of_replica
+
+        provider = provider_of_replica(self._settings.tracing, "t5-serve-summarizer")
+        return ReplicaTracing(provider, self._settings.model.name)
+
+    def _traced(self, call: Call) -> AbstractContextManager[CallSpan | None]:
+        """Begin a call: its logs have its request's id, and its trace a span, where that is on."""
+        request_id_var.set(call.request_id)
+        trace_id_var.set(trace_id(call.traceparent) or "")
+        return nullcontext() if self._tracing is None else self._tracing.call(call)
+
+    def _over(self, outcome: Outcome, span: CallSpan | None) -> None:
+        if span is not None:
+            span.end(outcome)
+        if isinstance(outcome, Failed) and outcome.reason is FailureReason.ERROR:
+            logger.error("the engine failed on a call", extra={"reason": outcome.message})
 
     async def _warm_up(self) -> None:
         settings = GenerationSettings(max_new_tokens=1)
@@ -129,4 +168,6 @@ class Summarizer:
 
 def _request(call: Call, *, stream: bool) -> EngineRequest:
     deadline = time.monotonic() + call.timeout_s
-    return EngineRequest(call.id, call.input_ids, call.settings, deadline, stream, call.share)
+    return EngineRequest(
+        call.id, call.input_ids, call.settings, deadline, stream, call.share, call.request_id
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fastapi_offline
 from fastapi import Depends, FastAPI, Request, Response
@@ -31,6 +31,9 @@ from serve_app.errors import (
 )
 from serve_app.usage.writer import UsageSink
 
+if TYPE_CHECKING:
+    from serve_app.tracing.ingress import IngressTracing
+
 _STATIC = Path(__file__).parent / "static"
 _DOCS_STATIC = Path(fastapi_offline.__file__).parent / "static"
 
@@ -43,8 +46,12 @@ def create_app(
     *,
     usage: UsageSink | None = None,
     echo_request_id: bool = True,
+    tracing: IngressTracing | None = None,
 ) -> FastAPI:
-    """Build the ASGI application around a `SummaryService` (`usage`: see `RequestMiddleware`)."""
+    """Build the ASGI application around a `SummaryService`.
+
+    `usage`, `echo_request_id` and `tracing` are as in `RequestMiddleware`.
+    """
     app = FastAPI(
         title="t5-serve",
         version=serve_app.__version__,
@@ -70,7 +77,11 @@ def create_app(
     guards = [Depends(client), Depends(HTTPBearer(auto_error=False))]
     app.include_router(router, dependencies=guards)
     app.add_middleware(
-        RequestMiddleware, telemetry=telemetry, usage=usage, echo_request_id=echo_request_id
+        RequestMiddleware,
+        telemetry=telemetry,
+        usage=usage,
+        echo_request_id=echo_request_id,
+        tracing=tracing,
     )
     describe(app)
     return app

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from typing import Any, NoReturn, cast
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import (
@@ -25,6 +27,10 @@ from serve_app.errors import (
     ServiceError,
     UnavailableError,
 )
+from serve_app.logs import request_id_var
+
+if TYPE_CHECKING:
+    from serve_app.tracing.ingress import IngressTracing
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +38,28 @@ _GONE = (RayActorError, ReplicaUnavailableError)
 
 
 class RayBackend:
-    """Implements `serve_app.calls.Backend`."""
+    """Implements `serve_app.calls.Backend`. With `tracing` each attempt of a call has a span."""
 
-    def __init__(self, handle: DeploymentHandle[Any], limits: Limits) -> None:
+    def __init__(
+        self, handle: DeploymentHandle[Any], limits: Limits, tracing: IngressTracing | None = None
+    ) -> None:
         self._run = handle.options(method_name="run")
         self._stream = handle.options(method_name="stream", stream=True)
         self._probe = handle.options(method_name="probe")
         self._limits = limits
+        self._tracing = tracing
 
     async def run(self, call: Call) -> Finished:
         """See `Backend.run`. A call whose replica dies is run once more elsewhere."""
         for last in (False, True):
-            response = self._run.remote(call)
             try:
-                return finished(await response, self._limits)
-            except asyncio.CancelledError:
-                response.cancel()  # type: ignore[no-untyped-call]
-                raise
+                with self._attempt(call) as sent:
+                    response = self._run.remote(sent)
+                    try:
+                        return finished(await response, self._limits)
+                    except asyncio.CancelledError:
+                        response.cancel()  # type: ignore[no-untyped-call]
+                        raise
             except Exception as error:
                 if last or not isinstance(error, _GONE):
                     self._translate(error)
@@ -59,25 +70,29 @@ class RayBackend:
         """See `Backend.stream`. Tried once more only while nothing has been streamed."""
         for last in (False, True):
             started = False
-            response = cast("DeploymentResponseGenerator[Any]", self._stream.remote(call))
-            over = False
             try:
-                async for event in response:
-                    if isinstance(event, Tokens):
-                        started = True
-                        yield event
-                    else:
-                        over = True
-                        yield finished(event, self._limits)
+                with self._attempt(call) as sent:
+                    response = cast("DeploymentResponseGenerator[Any]", self._stream.remote(sent))
+                    outcome: Outcome | None = None
+                    try:
+                        async for event in response:
+                            if not isinstance(event, Tokens):
+                                outcome = event
+                                break
+                            started = True
+                            yield event
+                    except (asyncio.CancelledError, GeneratorExit):
+                        response.cancel()
+                        raise
+                    assert outcome is not None, "a stream ends with its outcome"
+                    output = finished(outcome, self._limits)
+                # Outside of the span: a reader that has its result may close this generator.
+                yield output
                 return
             except Exception as error:
-                over = True
                 if last or started or not isinstance(error, _GONE):
                     self._translate(error)
                 logger.warning("a replica died under a request; trying another")
-            finally:
-                if not over:
-                    response.cancel()
 
     async def probe(self, max_age_s: float) -> Probe:
         """See `Backend.probe`."""
@@ -86,6 +101,11 @@ class RayBackend:
         except Exception as error:
             self._translate(error)
         return probe
+
+    def _attempt(self, call: Call) -> AbstractContextManager[Call]:
+        """The call as it is sent: with its request's id, and its trace if there is one."""
+        sent = replace(call, request_id=request_id_var.get())
+        return nullcontext(sent) if self._tracing is None else self._tracing.call(sent)
 
     def _translate(self, error: Exception) -> NoReturn:
         if isinstance(error, ServiceError):

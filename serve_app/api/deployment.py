@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -20,6 +20,9 @@ from serve_app.logs import configure_logging
 from serve_app.usage.folder import default_usage_folder
 from serve_app.usage.writer import UsageWriter
 
+if TYPE_CHECKING:
+    from serve_app.tracing.ingress import IngressTracing
+
 
 @serve.ingress()
 class Api:
@@ -30,11 +33,12 @@ class Api:
     ) -> None:
         self._settings = ServiceSettings.model_validate(settings)
         configure_logging(self._settings.log)
+        self._tracing = self._open_tracing()
         model = self._settings.model
         checkpoint = await asyncio.to_thread(resolve, model.name, model.revision)
         self._service = SummaryService(
             checkpoint,
-            RayBackend(summarizer, self._settings.limits),
+            RayBackend(summarizer, self._settings.limits, self._tracing),
             self._settings.limits,
             self._settings.api,
             model.max_input_tokens,
@@ -52,6 +56,7 @@ class Api:
             self._settings.api,
             usage=self._usage,
             echo_request_id=False,
+            tracing=self._tracing,
         )
 
     def __del__(self) -> None:
@@ -59,6 +64,17 @@ class Api:
         usage = getattr(self, "_usage", None)
         if usage is not None:
             usage.close()
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            tracing.close()
+
+    def _open_tracing(self) -> IngressTracing | None:
+        if self._settings.tracing.endpoint is None:
+            return None
+        from serve_app.tracing.ingress import IngressTracing
+        from serve_app.tracing.serve import provider_of_replica
+
+        return IngressTracing(provider_of_replica(self._settings.tracing, "t5-serve-api"))
 
     def _usage_writer(self) -> UsageWriter | None:
         settings = self._settings.usage

@@ -8,16 +8,19 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.telemetry import Telemetry
 from serve_app.errors import ServiceError
-from serve_app.logs import request_id_var
-from serve_app.usage.events import usage_event
+from serve_app.logs import request_id_var, trace_id_var
+from serve_app.usage.events import trace_id, usage_event
 from serve_app.usage.writer import UsageSink
+
+if TYPE_CHECKING:
+    from serve_app.tracing.ingress import IngressTracing, RequestSpan
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +55,22 @@ class RequestMiddleware:
             case, but otherwise as DEBUG: what is in the files need not be kept twice.
         echo_request_id: whether to send `X-Request-Id` back. Serve's HTTP proxy already echoes the
             id it passes on, so behind it only an id made here needs a header of its own.
+        tracing: what makes the requests' spans. None: there are none.
     """
 
     def __init__(
-        self, app: ASGIApp, telemetry: Telemetry, usage: UsageSink | None, echo_request_id: bool
+        self,
+        app: ASGIApp,
+        telemetry: Telemetry,
+        usage: UsageSink | None,
+        echo_request_id: bool,
+        tracing: IngressTracing | None = None,
     ) -> None:
         self._app = app
         self._telemetry = telemetry
         self._usage = usage
         self._echo = echo_request_id
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -73,7 +83,10 @@ class RequestMiddleware:
         request_id_var.set(request_id)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        seen = _Seen()
+        span = None if self._tracing is None else self._tracing.request(scope)
+        traceparent = span.traceparent if span else Headers(scope=scope).get("traceparent", "")
+        trace_id_var.set(trace_id(traceparent) or "")
+        seen = _Seen(traceparent)
 
         async def receive_counted() -> Message:
             message = await receive()
@@ -108,9 +121,9 @@ class RequestMiddleware:
             state["facts"] = {**state.get("facts", {}), "error_type": problem.kind}
             await send_with_headers({"type": "http.response.body", "body": body})
         finally:
-            self._done(scope, seen)
+            self._done(scope, seen, span)
 
-    def _done(self, scope: Scope, seen: _Seen) -> None:
+    def _done(self, scope: Scope, seen: _Seen, span: RequestSpan | None) -> None:
         milliseconds = (time.monotonic() - seen.began) * 1e3
         # 499: the client went away before the first byte.
         status = seen.status or 499
@@ -122,7 +135,7 @@ class RequestMiddleware:
             self._telemetry.left(client, status, *tokens)
         event = usage_event(
             request_id=scope["state"]["request_id"],
-            traceparent=Headers(scope=scope).get("traceparent", ""),
+            traceparent=seen.traceparent,
             method=scope["method"],
             route=route,
             status=status,
@@ -131,6 +144,8 @@ class RequestMiddleware:
             response_bytes=seen.response_bytes,
             facts=facts,
         )
+        if span is not None:
+            span.end(event)
         probe = route in ("/healthz", "/readyz") and status < 400
         if self._usage is not None and not probe:
             self._usage.record(event)
@@ -143,6 +158,7 @@ class RequestMiddleware:
 class _Seen:
     """What passed by of a request: bytes of bodies, without headers."""
 
+    traceparent: str
     began: float = field(default_factory=time.monotonic)
     status: int = 0
     request_bytes: int = 0

@@ -135,7 +135,7 @@ class SummaryService:
         chunks: list[Chunk] = []
         final = parts[0].ids
         if len(parts) > 1:
-            async with aclosing(self._map(parts, job.part_settings, deadline, bill)) as done:
+            async with aclosing(self._map(parts, job.part_settings, deadline, bill, "map")) as done:
                 async for chunk in done:
                     chunks.append(chunk)
                     yield PartDone(chunk, len(parts))
@@ -217,7 +217,12 @@ class SummaryService:
             budget = budget * 3 // 4
 
     async def _map(
-        self, parts: list[_Part], settings: GenerationSettings, deadline: _Deadline, bill: _Bill
+        self,
+        parts: list[_Part],
+        settings: GenerationSettings,
+        deadline: _Deadline,
+        bill: _Bill,
+        stage: str,
     ) -> AsyncGenerator[Chunk]:
         """Summarize parts side by side, in the batch they share with everyone else's."""
         # A part's summary must be shorter than the part, or reducing would not end.
@@ -231,7 +236,7 @@ class SummaryService:
 
         async def run(index: int, part: _Part) -> tuple[int, Finished]:
             async with slots:
-                return index, await self.backend.run(deadline.call(part.ids, settings))
+                return index, await self.backend.run(deadline.call(part.ids, settings, stage))
 
         tasks = [asyncio.create_task(run(index, part)) for index, part in enumerate(parts)]
         outputs: list[Finished] = []
@@ -264,7 +269,7 @@ class SummaryService:
             if not overflows or round_ == self.limits.reduce_rounds:
                 return ids, overflows
             parts = await asyncio.to_thread(self._split, text)
-            async with aclosing(self._map(parts, settings, deadline, bill)) as done:
+            async with aclosing(self._map(parts, settings, deadline, bill, "reduce")) as done:
                 reduced = [chunk async for chunk in done]
             summaries = [chunk.summary for chunk in sorted(reduced, key=lambda chunk: chunk.index)]
         raise AssertionError("unreachable")
@@ -278,9 +283,9 @@ class _Deadline:
         self._share = share
         self._at = time.monotonic() + timeout_s
 
-    def call(self, ids: list[int], settings: GenerationSettings) -> Call:
+    def call(self, ids: list[int], settings: GenerationSettings, stage: str = "final") -> Call:
         left = max(self._at - time.monotonic(), 0.001)
-        return Call(uuid.uuid4().hex, ids, settings, left, self._share)
+        return Call(uuid.uuid4().hex, ids, settings, left, self._share, stage)
 
     async def wait(self, awaitable: Awaitable[_T]) -> _T:
         # Around single waits, never around a `yield`: a timeout must not fire in the reader.

@@ -162,7 +162,11 @@ def _deploy(settings: ServiceSettings, host: str, port: int, local: _LocalRay) -
     from serve_app.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port},
+        logging_config={"encoding": "JSON"},  # in the session's folder
+    )
     # Not serve.run(), which looks only once a second whether the application runs.
     serve.run_many(
         [serve.RunTarget(build(settings))],

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serve_app.cli.errors import CliError
+from serve_app.cli.errors import CliError, one_line
 
 if TYPE_CHECKING:
+    from serve_app.usage.cloud import CloudLogging
     from serve_app.usage.reader import Line, Tally
     from serve_app.usage.views import Usage
 
@@ -225,7 +226,16 @@ def _lines(logs: tuple[str, ...], tally: Tally) -> Iterator[Line]:
     show_default=True,
     help="Where Cloud Logging's sink writes: NAME or PROJECT.NAME.",
 )
-def sql(dataset: str) -> None:
+@click.option(
+    "--table",
+    "tables",
+    multiple=True,
+    default=("stdout",),
+    show_default=True,
+    help="Where its lines are: stdout for containers' output, else the log's id with _ for what is "
+    "no letter or digit. May be given more than once.",
+)
+def sql(dataset: str, tables: tuple[str, ...]) -> None:
     """Print the BigQuery statements that make the views.
 
     \b
@@ -236,7 +246,11 @@ def sql(dataset: str) -> None:
 
     if re.fullmatch(r"([a-z][-a-z0-9:.]{4,62}\.)?[A-Za-z0-9_]{1,1024}", dataset) is None:
         raise CliError(f"--dataset: must be NAME or PROJECT.NAME, is {dataset!r}")
-    click.echo("\n".join(view_sql(name, dataset) for name in (*BASE, *REPORTS)), nl=False)
+    for table in tables:
+        if re.fullmatch(r"[A-Za-z0-9_]{1,1024}", table) is None:
+            raise CliError(f"--table: must be letters, digits and _, is {table!r}")
+    statements = [view_sql(name, dataset, tables) for name in (*BASE, *REPORTS)]
+    click.echo("\n".join(statements), nl=False)
 
 
 @command.command("tail")
@@ -249,28 +263,77 @@ def sql(dataset: str) -> None:
 @click.option(
     "--checkpoint",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File that remembers how far this got. Default: tail.checkpoint in the folder.",
+    help="File that remembers how far this got. Default: DESTINATION.checkpoint in the folder.",
 )
-def tail(folder: Path | None, follow: bool, checkpoint: Path | None) -> None:
-    """Print the usage events that have not been printed yet: what the chart's sidecar runs.
+@click.option(
+    "--to",
+    "destination",
+    type=click.Choice(["stdout", "google-cloud-logging"]),
+    default="stdout",
+    show_default=True,
+    help="Where the events go.",
+)
+@click.option("--project", help="google-cloud-logging: its project. Default: the credentials'.")
+@click.option(
+    "--log",
+    default="t5-requests",
+    show_default=True,
+    help="google-cloud-logging: the log's id.",
+)
+def tail(
+    folder: Path | None,
+    follow: bool,
+    checkpoint: Path | None,
+    destination: str,
+    project: str | None,
+    log: str,
+) -> None:
+    """Pass on the usage events that have not been passed on yet.
+
+    To stdout is what the chart's sidecar does. To Google's Cloud Logging, with the credentials of
+    the environment, is for a service off Kubernetes; it needs the extra `gcp`.
 
     \b
-    Example:
+    Examples:
       t5-serve usage tail --folder /var/log/t5-serve --follow
+      t5-serve usage tail --follow --to google-cloud-logging --project my-project
     """
     from serve_app.usage.folder import default_usage_folder
     from serve_app.usage.tail import Tail
 
-    try:
-        passing = Tail(folder or default_usage_folder(), sys.stdout.buffer, checkpoint)
-        if not follow:
-            passing.drain()
-            return
-        stop = threading.Event()
+    stop = threading.Event()
+    if follow:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        passing.follow(stop)
+    folder = folder or default_usage_folder()
+    try:
+        if destination == "stdout":
+            passing = Tail(folder, sys.stdout.buffer, checkpoint)
+        else:
+            checkpoint = checkpoint or folder / f"{destination}.checkpoint"
+            out = _cloud_logging(project, log, stop if follow else None)
+            passing = Tail(folder, out, checkpoint)
+        if follow:
+            passing.follow(stop)
+        else:
+            passing.drain()
     except BrokenPipeError:
         raise
     except OSError as error:
         raise CliError(f"{error.filename or 'tail'}: {error.strerror}") from None
+
+
+def _cloud_logging(project: str | None, log: str, stop: threading.Event | None) -> CloudLogging:
+    from serve_app.usage import cloud
+
+    if re.fullmatch(r"[A-Za-z0-9/_.-]{1,511}", log) is None:
+        raise CliError(f"--log: must be 1 to 511 of A-Z a-z 0-9 / _ . -, is {log!r}")
+
+    def say(message: str) -> None:
+        click.echo(f"t5-serve: {one_line(message)}", err=True)
+
+    try:
+        client, project = cloud.connect(project)
+    except cloud.MissingGcpError as error:
+        raise CliError(str(error)) from None
+    return cloud.CloudLogging(client, project, log.replace("/", "%2F"), stop, say)

@@ -65,7 +65,10 @@ class ContinuousEngine(EngineThread):
             self._stepped()
         except Exception as error:
             # A step is of the whole batch: nobody can tell whose fault it was.
-            logger.exception("a decode step of %d documents failed", documents)
+            ids = [entry.origin for entry in self._runner.entries]
+            logger.exception(
+                "a decode step of %d documents failed", documents, extra={"request_ids": ids}
+            )
             events: list[Event] = [broken(entry, error) for entry in self._runner.entries]
             self._leave(list(self._runner.entries))
         else:
@@ -121,6 +124,10 @@ class ContinuousEngine(EngineThread):
             self._runner.admit(batch)
         except Exception as error:
             self._isolate(batch, error, self._encode)
+            return
+        now = time.monotonic()
+        for entry in batch:
+            entry.encoded = now
 
     def _leave(self, entries: list[Entry]) -> None:
         if entries:
@@ -144,6 +151,7 @@ class ContinuousEngine(EngineThread):
                 output_tokens=len(ids),
                 queue_ms=(entry.started - entry.arrived) * 1e3,
                 compute_ms=(now - entry.started) * 1e3,
+                encode_ms=(entry.encoded - entry.started) * 1e3,
             )
             yield Finished(entry.request.id, ids, reason, usage)
 

@@ -52,7 +52,7 @@ class EngineRequest:
     `input_ids` already carries prefix and end token. `deadline` is in `time.monotonic()` seconds
     of the engine's own process. `stream` asks for `Tokens` events while decoding, which only
     greedy requests can give: beams have no settled prefix before the end. Requests of one `share`
-    (a client) wait for each other; shares take turns.
+    (a client) wait for each other; shares take turns. `origin` says in logs whose request it is.
     """
 
     id: str
@@ -61,6 +61,7 @@ class EngineRequest:
     deadline: float | None = None
     stream: bool = False
     share: str = ""
+    origin: str = ""
 
 
 class FinishReason(StrEnum):
@@ -80,12 +81,16 @@ class FailureReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost. Times in milliseconds; tokens without the decoder's start and end."""
+    """What a request cost. Times in milliseconds; tokens without the decoder's start and end.
+
+    `encode_ms`, where the engine knows it, is the first part of `compute_ms`.
+    """
 
     input_tokens: int
     output_tokens: int
     queue_ms: float
     compute_ms: float
+    encode_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

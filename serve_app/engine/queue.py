@@ -17,6 +17,7 @@ class Entry:
     request: EngineRequest
     arrived: float
     started: float = 0.0
+    encoded: float = 0.0
     streamed: int = 0  # output tokens already handed out
     cancelled: bool = False
     over: bool = field(default=False)  # its last event has been emitted
@@ -29,6 +30,11 @@ class Entry:
     def computed_ms(self, now: float | None = None) -> float:
         """Milliseconds in the model so far, 0 while it waits."""
         return ((now or time.monotonic()) - self.started) * 1e3 if self.started else 0.0
+
+    @property
+    def origin(self) -> str:
+        """Whose it is, for logs."""
+        return self.request.origin or self.request.id
 
     def late(self, now: float) -> bool:
         """Whether the deadline has passed."""

@@ -216,7 +216,10 @@ class EngineThread:
 
         Halves the batch until the bad one stands alone, and fails that.
         """
-        logger.error("%d requests failed together", len(batch), exc_info=error)
+        ids = [entry.origin for entry in batch]
+        logger.error(
+            "%d requests failed together", len(batch), exc_info=error, extra={"request_ids": ids}
+        )
         if len(batch) == 1:
             self._finish([broken(batch[0], error)])
             return

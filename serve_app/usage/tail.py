@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from serve_app.usage.folder import segments
 
@@ -21,19 +21,29 @@ _POLL_S = 0.5
 _CHECKPOINT = "tail.checkpoint"
 
 
+class Destination(Protocol):
+    """Where whole lines go; `write` takes all of them, or raises `OSError`."""
+
+    def write(self, lines: bytes, /) -> int:
+        """Take them."""
+
+    def flush(self) -> None:
+        """Have taken them."""
+
+
 class Tail:
     """Passes on the lines that it has not passed on yet.
 
     Args:
         folder: the folder of segments; it may not exist yet.
-        out: where whole lines go; anything whose `write` takes all of them.
+        out: where whole lines go.
         checkpoint: the file that remembers how far; default: in the folder.
 
     Raises:
         OSError: the checkpoint cannot be read. One that makes no sense counts as none.
     """
 
-    def __init__(self, folder: Path, out: BinaryIO, checkpoint: Path | None = None) -> None:
+    def __init__(self, folder: Path, out: Destination, checkpoint: Path | None = None) -> None:
         self._folder = folder
         self._out = out
         self._checkpoint = checkpoint or folder / _CHECKPOINT

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -53,9 +53,19 @@ class Table:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
-def view_sql(name: str, dataset: str = DATASET) -> str:
-    """The BigQuery statement that makes a view, for a dataset (`NAME` or `PROJECT.NAME`)."""
+def view_sql(name: str, dataset: str = DATASET, tables: Sequence[str] = ("stdout",)) -> str:
+    """The BigQuery statement that makes a view.
+
+    Args:
+        name: of `BASE` or `REPORTS`.
+        dataset: `NAME` or `PROJECT.NAME`.
+        tables: those in it that have lines.
+    """
     text = (files("serve_app.usage") / "sql" / f"{name}.sql").read_text(encoding="utf-8")
+    line = re.search(rf".*\n  FROM {DATASET}\.stdout\n", text)
+    if line is not None:
+        reads = (line[0].replace(".stdout", f".{table}") for table in tables)
+        text = text.replace(line[0], "  UNION ALL\n".join(reads))
     if dataset == DATASET:
         return text
     return re.sub(rf"\b{DATASET}\.(\w+)", rf"`{dataset}.\1`", text)

@@ -299,6 +299,15 @@ def test_a_request_id_goes_from_end_to_end(edge: Edge) -> None:
     assert re.fullmatch(r"[0-9a-f]{32}", bad.headers["x-request-id"])
 
 
+def test_a_trace_goes_through(edge: Edge) -> None:
+    trace = {
+        "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        "tracestate": "a=b",
+    }
+    reached = dict(edge.post("/v1/summarize", "t5s_job", headers=trace).json()["headers"])
+    assert trace.items() <= {name.lower(): value for name, value in reached.items()}.items()
+
+
 def test_a_body_above_the_limit_is_refused_with_its_limit(edge: Edge) -> None:
     assert edge.post("/v1/summarize", "t5s_job", content=b"x" * BODY_LIMIT).status_code == 200
     above = edge.post("/v1/summarize", "t5s_job", content=b"x" * (BODY_LIMIT + 1))

@@ -398,6 +398,8 @@ def test_what_may_go_out_follows_from_the_values(render: Render) -> None:
     assert ports({}) == {53}
     assert ports({"gcsFaultTolerance": {"enabled": True, "redisAddress": "r:6380"}}) == {53, 6380}
     assert ports({"model": {"source": "hub", "name": "a/b"}}) == {53, 443}
+    for collector, port in (("http://c:4318", 4318), ("http://c/x", 80), ("https://c:", 443)):
+        assert ports({"tracing": {"endpoint": collector}}) == {53, port}
     [head] = render().one("NetworkPolicy", "t5-t5-summarizer-apiserver")["spec"]["podSelector"][
         "matchExpressions"
     ]

@@ -160,6 +160,7 @@ def test_every_value_reaches_the_arguments(render: Render) -> None:
         "auth": {"mode": "off", "header": "X-Who"},
         "log": {"level": "ERROR"},
         "usage": {"enabled": False, "max_bytes": 100_000_001, "keep": 3, "queue_size": 17},
+        "tracing": {"endpoint": "https://otel/x", "sample_ratio": 0.25, "queue_size": 9},
         "api": {"ready_step_age_s": 4, "parts_in_flight": 5},
     }
     settings = ServiceSettings.model_validate(render(values).arguments).model_dump()

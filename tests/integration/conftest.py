@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # the cluster listens on loopback only
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"  # as `t5-serve run` and the chart have it
 
 import httpx
 import pytest

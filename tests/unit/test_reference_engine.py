@@ -183,14 +183,14 @@ async def test_a_late_request_never_reaches_the_model(clients: Clients, direct: 
 
 
 async def test_a_text_that_breaks_the_model_fails_alone(
-    clients: Clients, direct: Direct, monkeypatch: pytest.MonkeyPatch
+    clients: Clients, direct: Direct, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = clients()
     ids = direct.ids(texts(1)[0])
     poison = [direct.model.config.vocab_size + 7, 1]  # outside the embedding: a real failure
     blocker = await occupied(client, ids)
     tasks = [
-        asyncio.create_task(client.run(EngineRequest(f"r{i}", row, GREEDY)))
+        asyncio.create_task(client.run(EngineRequest(f"r{i}", row, GREEDY, origin=f"origin-{i}")))
         for i, row in enumerate([ids, ids, poison, ids, ids])
     ]
     await until(lambda: client.load().waiting_requests == 5, "all wait")
@@ -200,6 +200,10 @@ async def test_a_text_that_breaks_the_model_fails_alone(
     assert kinds == [Finished, Finished, Failed, Finished, Finished]
     assert outcomes[2].reason is FailureReason.ERROR
     assert "IndexError" in outcomes[2].message
+    # The log says whose they were; the last line is of the one that was to blame.
+    said = [record for record in caplog.records if "failed together" in record.message]
+    assert all("origin-2" in vars(record)["request_ids"] for record in said)
+    assert vars(said[-1])["request_ids"] == ["origin-2"]
 
 
 async def test_closing_fails_what_is_inside_and_refuses_what_comes(

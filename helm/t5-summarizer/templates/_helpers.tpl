@@ -213,6 +213,10 @@ seccompProfile:
   value: /tmp
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
+# A replica's stderr has the service's own JSON lines alone; Serve's, which are plain text there, are
+# in Ray's folder of logs, as `serve.logging` says.
+- name: RAY_SERVE_LOG_TO_STDERR
+  value: "0"
 {{- if not .Values.rayAuth.enabled }}
 # Said outright: Ray's default differs between versions.
 - name: RAY_AUTH_MODE
@@ -221,6 +225,17 @@ seccompProfile:
 {{- if .Values.serve.haproxy }}
 - name: RAY_SERVE_ENABLE_HA_PROXY
   value: "1"
+{{- end }}
+{{- if .Values.tracing.serveSpans }}
+# By the environment, not by Serve's configuration: its proxies start before they know that.
+- name: RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH
+  value: serve_app.tracing.serve:span_processors
+- name: RAY_SERVE_TRACING_SAMPLING_RATIO
+  value: {{ .Values.tracing.sample_ratio | quote }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ .Values.tracing.endpoint | quote }}
+- name: OTEL_SERVICE_NAME
+  value: ray-serve
 {{- end }}
 {{- if eq .Values.model.source "hub" }}
 - name: HF_HOME
@@ -247,6 +262,12 @@ seccompProfile:
 {{- with .Values.extraEnv }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{/* The port of `tracing.endpoint`, for the network policy. */}}
+{{- define "t5.tracingPort" -}}
+{{- $url := urlParse .Values.tracing.endpoint -}}
+{{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary "443" "80" (eq $url.scheme "https")) -}}
 {{- end -}}
 
 {{- define "t5.usageFolder" -}}

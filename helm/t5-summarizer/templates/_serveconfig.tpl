@@ -47,6 +47,8 @@ applications:
       usage:
         {{- include "t5.settings" (omit .Values.usage "sidecar") | nindent 8 }}
         folder: {{ include "t5.usageFolder" . }}
+      tracing:
+        {{- include "t5.settings" (omit .Values.tracing "serveSpans") | nindent 8 }}
     deployments:
       - name: Api
         num_replicas: {{ int64 $api.replicas }}

@@ -81,6 +81,9 @@
 {{- end -}}
 {{- end -}}
 
+{{- if and $values.tracing.serveSpans (not $values.tracing.endpoint) -}}
+{{- $errors = append $errors "tracing.endpoint: must be set with tracing.serveSpans, is null" -}}
+{{- end -}}
 {{- if and $values.usage.sidecar.enabled (not $values.usage.enabled) -}}
 {{- $errors = append $errors "usage.enabled: must be true with usage.sidecar.enabled, is false: there would be no lines to pass on" -}}
 {{- end -}}

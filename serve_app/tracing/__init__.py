@@ -1,0 +1,1 @@
+"""Traces: spans of a request by OpenTelemetry. Imported only where tracing is on."""
