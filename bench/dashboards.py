@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -50,9 +51,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4, help="of load (%(default)s)")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the pictures")
     options = parser.parse_args()
-    program = ROOT / ".tools" / "bin" / "prometheus"
-    if not program.exists():
-        parser.error(f"{program} is not here: `make chart-tools` builds it")
+    places = os.pathsep.join((str(ROOT / ".tools" / "bin"), os.environ.get("PATH", "")))
+    program = shutil.which("prometheus", path=places)
+    if program is None:
+        parser.error("prometheus is not here: `make chart-tools` builds it")
     metrics, http, web = (_free_port() for _ in range(3))
     with tempfile.TemporaryDirectory() as folder:
         ray.init(
