@@ -24,6 +24,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import httpx
 import matplotlib as mpl
 import ray
+from PIL import Image
 from ray import serve
 
 from monitoring.board import Board, Panel
@@ -138,8 +139,12 @@ def _plot(board: Board, prometheus: Prometheus, start: float, end: float, path: 
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     figure.suptitle(board.title, fontsize=11)
-    figure.savefig(path, dpi=80, metadata={"Software": ""})
+    figure.savefig(path, dpi=80)
     plt.close(figure)
+    # Lines in a few colours: a palette makes the file a third.
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(48)
+    small.save(path, optimize=True)
 
 
 def _draw(panel: Panel, axis: Any, prometheus: Prometheus, start: float, end: float) -> None:
