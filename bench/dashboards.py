@@ -141,9 +141,9 @@ def _plot(board: Board, prometheus: Prometheus, start: float, end: float, path: 
     figure.suptitle(board.title, fontsize=11)
     figure.savefig(path, dpi=80)
     plt.close(figure)
-    # Lines in a few colours: a palette makes the file a third.
+    # Lines in a few colours: a palette halves the file.
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(48)
+        small = picture.convert("RGB").quantize(256)
     small.save(path, optimize=True)
 
 
