@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -23,6 +24,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import httpx
 import matplotlib as mpl
 import ray
+from PIL import Image
 from ray import serve
 
 from monitoring.board import Board, Panel
@@ -50,9 +52,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4, help="of load (%(default)s)")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the pictures")
     options = parser.parse_args()
-    program = ROOT / ".tools" / "bin" / "prometheus"
-    if not program.exists():
-        parser.error(f"{program} is not here: `make chart-tools` builds it")
+    places = os.pathsep.join((str(ROOT / ".tools" / "bin"), os.environ.get("PATH", "")))
+    program = shutil.which("prometheus", path=places)
+    if program is None:
+        parser.error("prometheus is not here: `make chart-tools` builds it")
     metrics, http, web = (_free_port() for _ in range(3))
     with tempfile.TemporaryDirectory() as folder:
         ray.init(
@@ -136,8 +139,12 @@ def _plot(board: Board, prometheus: Prometheus, start: float, end: float, path: 
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     figure.suptitle(board.title, fontsize=11)
-    figure.savefig(path, dpi=80, metadata={"Software": ""})
+    figure.savefig(path, dpi=80)
     plt.close(figure)
+    # Lines in a few colours: a palette halves the file.
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256)
+    small.save(path, optimize=True)
 
 
 def _draw(panel: Panel, axis: Any, prometheus: Prometheus, start: float, end: float) -> None:

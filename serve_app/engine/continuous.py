@@ -80,7 +80,8 @@ class ContinuousEngine(EngineThread):
         seconds = time.monotonic() - began
         self._account(events, seconds)
         ran = BatchRan(documents, encoded, made, seconds, drafted, accepted, encode_seconds)
-        self._finish([*events, ran])
+        # First what was done, then whom it was for: who sees an end counted sees its tokens, too.
+        self._finish([ran, *events])
 
     def _drop_dead(self, now: float) -> None:
         """Free the slots of requests nobody waits for any more."""

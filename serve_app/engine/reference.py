@@ -95,7 +95,8 @@ class ReferenceEngine(EngineThread):
         seconds = time.monotonic() - began
         input_tokens = sum(entry.tokens for entry in batch)
         self._drained(input_tokens, seconds)
-        events: list[Event] = []
+        output_tokens = sum(len(ids) for ids, _ in outputs)
+        events: list[Event] = [BatchRan(len(batch), input_tokens, output_tokens, seconds)]
         for entry, (ids, reason) in zip(batch, outputs, strict=True):
             if entry.over:
                 continue
@@ -108,8 +109,6 @@ class ReferenceEngine(EngineThread):
                 compute_ms=seconds * 1e3,
             )
             events.append(Finished(entry.request.id, ids, reason, usage))
-        output_tokens = sum(len(ids) for ids, _ in outputs)
-        events.append(BatchRan(len(batch), input_tokens, output_tokens, seconds))
         self._finish(events)
 
     @torch.inference_mode()

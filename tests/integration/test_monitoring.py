@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -22,11 +21,10 @@ from ray import serve
 
 from monitoring.boards import BOARDS
 from monitoring.prometheus import Prometheus
+from tests.chart.conftest import CHART, tool
 from tests.integration.conftest import Cluster, Deploy, Service, free_port, until
 from tests.texts import long_text, texts
 
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "helm" / "t5-summarizer"
 # Of a GPU, and there is none: tests/chart/test_dashboards.py sees that Ray still has the name.
 NEED_A_GPU = "ray_node_gpus_utilization"
 # Fire within the test: their condition is made to happen. The others, and the times that all of
@@ -40,18 +38,6 @@ FIRE = {
     "T5ReplicasUnhealthy",
     "T5UsageEventsDropped",
 }
-
-
-def tool(name: str) -> str:
-    """A tool of `make chart-tools`. CI must have it; elsewhere its tests skip."""
-    found = ROOT / ".tools" / "bin" / name
-    path = str(found) if found.exists() else shutil.which(name)
-    if path is None:
-        reason = f"{name} is not here: `make chart-tools` builds it and needs go"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
 
 
 def rendered_rules() -> dict[str, Any]:
