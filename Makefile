@@ -22,7 +22,7 @@ BUILDER ?= docker
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-precision
+.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-precision
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -155,6 +155,10 @@ gate: $(VENV)/.installed ## judge engine and model (ARGS: --local, or an image i
 
 bench-engine: $(VENV)/.installed ## the engine against transformers and CTranslate2 (ARGS: --help)
 	$(BIN)/python -m bench.engine $(ARGS)
+
+bench-observability: $(VENV)/.installed ## what usage events, metrics and traces cost (ARGS: --help)
+	$(BIN)/python -m bench.observability_parts
+	$(BIN)/python -m bench.observability $(ARGS)
 
 bench-precision: $(VENV)/.installed ## what bfloat16 and int8 change in the demo model's summaries
 	$(BIN)/python -m bench.precision

@@ -17,7 +17,7 @@ from serve_app.config import TracingSettings
 
 EXPORT_S = 5.0  # for one batch, repetitions included
 _CLOSE_S = 5.0
-_DELAY_MS = 1_000  # longest wait for a batch to fill: what a killed replica loses
+_DELAY_MS = 2_000  # longest wait for a batch to fill: what a killed replica loses
 _BATCH = 512  # spans
 
 

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.otlp import collector
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "serve_app.cli.main"]
@@ -207,6 +210,47 @@ def test_signals_while_it_starts_and_stops_leave_no_process(
 
 def alive(family: set[psutil.Process]) -> list[psutil.Process]:
     return [process for process in family if process.is_running()]
+
+
+def test_serves_spans_and_ours_are_one_tree_and_our_log_is_on_the_terminal(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    with collector() as taken:
+        settings = tmp_path / "settings.yaml"
+        settings.write_text(f"tracing: {taken.url}\nauth: 'off'\n")
+        serves = {
+            "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "serve_app.tracing.serve:span_processors",
+            "RAY_SERVE_TRACING_SAMPLING_RATIO": "1",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": taken.url,
+            "OTEL_SERVICE_NAME": "ray-serve",
+        }
+        arguments = ["--config", str(settings), "--port", str(free_port())]
+        run = Run({**environment, **serves}, *arguments)
+        try:
+            run.until(r"^first summary \d+\.\d s after start$")
+
+            def above() -> list[tuple[str, str]] | None:
+                """The spans above the request's own, once all are there."""
+                by_id = {span.id: span for span in taken.spans()}
+                found = [s for s in by_id.values() if s.name == "POST /v1/summarize"]
+                above = []
+                while found and found[-1].parent in by_id:
+                    found.append(by_id[found[-1].parent])
+                    above.append((found[-1].service, found[-1].name.split(" ")[0]))
+                return above if found and not found[-1].parent else None
+
+            deadline = time.monotonic() + TIMEOUT_S
+            while (spans := above()) is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert spans == [
+                ("ray-serve", "replica_handle_request"),
+                ("ray-serve", "route_to_replica"),
+                ("ray-serve", "proxy_http_request"),
+            ]
+            assert any('"message": "engine ready"' in line for line in run.said)
+        finally:
+            run.process.send_signal(signal.SIGINT)
+            assert run.ended() == 0
 
 
 def test_once_stops_by_itself(environment: dict[str, str]) -> None:
