@@ -206,7 +206,7 @@ def pod(name: str, reason: str, health: str = "Progressing", image: str = IMAGE)
         "name": name,
         "images": [image],
         "health": {"status": health},
-        "info": [{"name": "Status Reason", "value": reason}],
+        "info": [{"name": "Status Reason", "value": reason}, {"name": "Node"}],
     }
 
 
