@@ -19,6 +19,7 @@ _COMMANDS = {
     "usage": "serve_app.cli.usage",
     "limits": "serve_app.cli.limits",
     "bench": "serve_app.cli.bench",
+    "tune": "serve_app.cli.tune",
     "version": "serve_app.cli.version",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
