@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from serve_app.tuning.simulate import Simulated
 
 
+_BELIEVED = 0.25  # error of a profile on a mixed load
+
+
 @click.group("tune", context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """Autoscaling of the Summarizer's replicas.
 
     \b
-    Example:
-      t5-serve tune simulate --arrivals diurnal --rate 20 --duration 86400 --html day.html
+    Examples:
+      t5-serve tune profile --model google-t5/t5-small > replica.yaml
+      t5-serve tune simulate --model replica.yaml --arrivals diurnal --rate 20 --duration 86400
     """
 
 
@@ -179,3 +183,103 @@ Examples:
 """,
     )
 )
+
+
+@command.command("profile")
+@click.option("--model", default="demo", show_default=True, help="`demo`, a folder, a repository.")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="CPU threads, as many as a replica's num_cpus.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(1, 1024),
+    default=64,
+    show_default=True,
+    help="As engine.max_batch_size.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1, 3_600),
+    default=60.0,
+    show_default=True,
+    help="How long to measure.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=180,
+    show_default=True,
+    help="Input tokens of the request in the table.",
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(1), default=60, show_default=True, help="Its output tokens."
+)
+def profile(**options: Any) -> int:
+    """Measure one replica's engine on this machine: its service model, for `tune simulate`.
+
+    The model goes to stdout, its error and a table of latencies to stderr. Nothing else should run
+    meanwhile. Exit status 1: a mixed load took over 25 % more or less than the model says.
+
+    \b
+    Example:
+      t5-serve tune profile --model google-t5/t5-small --threads 2 > replica.yaml
+    """
+    from functools import partial
+
+    import yaml
+    from pydantic import ValidationError
+
+    from serve_app.config import EngineSettings, ModelSettings
+    from serve_app.engine.build import build_engine
+    from serve_app.engine.checkpoint import CheckpointError, resolve
+    from serve_app.tuning.profile import ProfileError, throughput
+    from serve_app.tuning.profile import profile as measure
+
+    try:
+        settings = ModelSettings(
+            name=options["model"],
+            revision=options["revision"],
+            device=options["device"],
+            dtype=options["dtype"],
+        )
+        checkpoint = resolve(settings.name, settings.revision)
+        longest = checkpoint.max_input_tokens
+        # Nothing looked up: a step is then a token, as in the simulation.
+        engine = EngineSettings(
+            threads=options["threads"], max_batch_size=options["rows"], speculation=False
+        )
+        make = partial(
+            build_engine, checkpoint, model=settings, engine=engine, cpus=options["threads"]
+        )
+        lengths = sorted({min(length, longest) for length in (32, 128, longest // 2, longest)})
+        name = f"{options['model']}, {options['dtype']}, {options['threads']} threads"
+        found = measure(lambda emit: make(emit), name, options["seconds"], lengths, options["rows"])
+    except ValidationError as error:
+        raise CliError(settings_message(error)) from None
+    except (CheckpointError, ProfileError) as error:
+        raise CliError(str(error)) from None
+    click.echo(yaml.safe_dump(found.model.model_dump(), sort_keys=False), nl=False)
+    say = [
+        f"{found.kinds} kinds of work, median error of the fit {found.fit_error:.1%}; "
+        f"a mixed load: {found.mixed_error:+.1%}; loaded in {found.load_s:.1f} s",
+        f"requests of {options['tokens']} and {options['new_tokens']} tokens:",
+        "at once  latency, s  a second",
+    ]
+    for at_once, latency, rate in throughput(found.model, options["tokens"], options["new_tokens"]):
+        say.append(f"{at_once:7}  {latency:10.3f}  {rate:8.2f}")
+    click.echo("\n".join(say), err=True)
+    if abs(found.mixed_error) <= _BELIEVED:
+        return 0
+    click.echo(
+        f"t5-serve: the model is off by {found.mixed_error:+.0%}, over {_BELIEVED:.0%}: was the "
+        "machine busy with something else? More --seconds may help",
+        err=True,
+    )
+    return 1
