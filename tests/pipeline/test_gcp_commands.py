@@ -58,9 +58,12 @@ def gcloud_parser(lines: list[list[str]], home: Path) -> list[str]:
         check=True,
     ).stdout
     python, root = where.strip().split("\t")
+    # Parsing opens files, those that a command would write as well.
+    (home / "kuberay").symlink_to(ROOT / "kuberay")
     done = subprocess.run(
         [python, "-c", PARSE],
         input="".join(json.dumps(line[1:]) + "\n" for line in lines),
+        cwd=home,
         env={**environment, "PYTHONPATH": f"{root}/lib:{root}/lib/third_party"},
         capture_output=True,
         text=True,
