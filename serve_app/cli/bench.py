@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 _PATH = "/v1/summarize"
 _INTERRUPTED = 130
+_DURATION_S = 60.0
 
 
 def _params() -> list[click.Parameter]:
     positive = click.FloatRange(0, min_open=True)
     return [
         click.Argument(["url"], metavar="URL"),
-        *load_options(),
+        *load_options(_DURATION_S),
         click.Option(["--words"], default="lognormal:180:0.6", show_default=True,
                      help="Words of a text: N, uniform:LOW:HIGH, exponential:MEAN, "
                      "lognormal:MEDIAN:SIGMA."),
@@ -68,7 +69,7 @@ def _bench(url: str, **options: Any) -> int:
     from serve_app.tuning.measured import measure
     from serve_app.tuning.report import page, text
 
-    load = planned(options)
+    load = planned(options, _DURATION_S)
     due = load.at[: options["max_requests"]]
     if not len(due):
         raise CliError("the load has no request; raise --rate or --duration")

@@ -33,7 +33,7 @@ class Plan:
     trace: Trace | None = None
 
 
-def load_options(duration_s: float = 60.0) -> list[click.Parameter]:
+def load_options(duration_s: float) -> list[click.Parameter]:
     """Which load."""
     positive = click.FloatRange(0, min_open=True)
     return [
@@ -41,8 +41,8 @@ def load_options(duration_s: float = 60.0) -> list[click.Parameter]:
                      show_default=True, help="How requests come; trace: as in the usage log."),
         click.Option(["--rate"], type=positive, default=1.0, show_default=True,
                      help="Requests per second: the mean, and before a flash crowd."),
-        click.Option(["--duration"], type=positive, default=duration_s, show_default=True,
-                     help="Seconds of the load; of a trace, at most."),
+        click.Option(["--duration"], type=positive,
+                     help=f"Seconds of the load. Default: {duration_s:g}; of a trace, all of it."),
         click.Option(["--burstiness"], type=positive, default=4.0, show_default=True,
                      help="bursty: variance of the gaps over their squared mean; 1 is Poisson."),
         click.Option(["--peak"], type=click.FloatRange(1), default=2.0, show_default=True,
@@ -57,8 +57,8 @@ def load_options(duration_s: float = 60.0) -> list[click.Parameter]:
     ]  # fmt: skip
 
 
-def named_load(options: dict[str, Any]) -> Load:
-    """The arrival process of the options.
+def named_load(options: dict[str, Any], duration_s: float) -> Load:
+    """The arrival process of the options, for so long where they do not say.
 
     Raises:
         CliError: an option is out of its bounds.
@@ -69,7 +69,7 @@ def named_load(options: dict[str, Any]) -> Load:
         return Load(
             options["arrivals"],
             options["rate"],
-            options["duration"],
+            options["duration"] or duration_s,
             options["burstiness"],
             options["peak"],
             options["period"],
@@ -78,8 +78,8 @@ def named_load(options: dict[str, Any]) -> Load:
         raise CliError(f"--{str(error).replace('_s:', ':')}") from None
 
 
-def planned(options: dict[str, Any]) -> Plan:
-    """The load that the options name.
+def planned(options: dict[str, Any], duration_s: float) -> Plan:
+    """The load that the options name, for so long where they do not say.
 
     Raises:
         CliError: an option is out of its bounds, or there is no trace.
@@ -91,13 +91,13 @@ def planned(options: dict[str, Any]) -> Plan:
     if options["arrivals"] == "trace":
         trace = usage_trace(options)
         at = trace.at / options["speed"]
-        at = at[at <= options["duration"]]
-        whole = trace.duration_s / options["speed"]
+        end = min(trace.duration_s / options["speed"], options["duration"] or np.inf)
+        at = at[at <= end]
         told = f"trace of {len(at):,} texts, {options['speed']:g} times as fast"
         if trace.left_out:
             told += f" ({trace.left_out:,} requests of unknown size left out)"
-        return Plan(at, min(whole, options["duration"]), told, trace)
-    load = named_load(options)
+        return Plan(at, end, told, trace)
+    load = named_load(options, duration_s)
     if load.expected() > 10_000_000:
         raise CliError(
             f"--rate times --duration: must be at most 10,000,000, is {load.expected():,.0f}"
@@ -117,14 +117,19 @@ def usage_trace(options: dict[str, Any]) -> Trace:
     from serve_app.usage.reader import Tally, UsageReadError
 
     since, until = options["since"], options["until"]
+    tally = Tally()
     try:
-        return read_trace(
+        trace = read_trace(
             line
-            for line in lines_of(options["logs"], Tally())
+            for line in lines_of(options["logs"], tally)
             if (since is None or line.time >= since) and (until is None or line.time < until)
         )
     except (TraceError, UsageReadError) as error:
         raise CliError(str(error)) from None
+    if count := tally.broken_lines:
+        lines = "1 line" if count == 1 else f"{count:,} lines"
+        click.echo(f"t5-serve: {lines} could not be read: {'; '.join(tally.broken)}", err=True)
+    return trace
 
 
 def option(name: str, parse: Callable[[str], _T], text: str) -> _T:

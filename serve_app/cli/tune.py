@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from serve_app.tuning.simulate import Simulated
 
 
+_DURATION_S = 3_600.0
 _BELIEVED = 0.25  # error of a profile on a mixed load
 
 
@@ -34,7 +36,7 @@ def command() -> None:
 def _params() -> list[click.Parameter]:
     file = click.Path(dir_okay=False, path_type=Path)
     return [
-        *load_options(3_600.0),
+        *load_options(_DURATION_S),
         click.Option(["--input-tokens"], default="lognormal:180:0.6", show_default=True,
                      help="Of a request: N, uniform:LOW:HIGH, exponential:MEAN, "
                      "lognormal:MEDIAN:SIGMA."),
@@ -106,14 +108,17 @@ def _run(
     tokens = option("--input-tokens", Sizes.parse, options["input_tokens"])
     steps = option("--output-tokens", Sizes.parse, options["output_tokens"])
     mix = option("--beams", Mix.parse, options["beams"])
-    duration = options["duration"]
+    duration = options["duration"] or _DURATION_S
     if options["arrivals"] == "trace":
         trace = usage_trace(options)
-        duration = min(duration, trace.duration_s / options["speed"])
+        duration = min(options["duration"] or math.inf, trace.duration_s / options["speed"])
         blocks = recorded(trace, options["speed"], duration, model.max_input_tokens)
         told = f"trace of {len(trace.at):,} texts, {options['speed']:g} times as fast"
+        told += f", for {duration:,.0f} s"
+        if trace.left_out:
+            told += f" ({trace.left_out:,} requests of unknown size left out)"
     else:
-        load = named_load(options)
+        load = named_load(options, duration)
         blocks = drawn(load, tokens, steps, mix, model.max_input_tokens, seed)
         told = f"{load.kind} arrivals, {load.rate:g} requests a second for {duration:g} s"
     try:

@@ -18,7 +18,7 @@ import aiohttp
 
 OK, UNFINISHED = "", "unfinished"
 _SPIN_S = 0.002  # asyncio's clock is that coarse
-_ANSWER = 64 * 1024 * 1024  # bytes
+_PROBLEM = 65_536  # bytes of an answer that are kept
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,14 @@ async def _request(
 async def _outcome(session: aiohttp.ClientSession, target: Target, body: bytes) -> str:
     """Empty for success, else the kind of error."""
     try:
-        async with session.post(target.url, data=body) as response:
-            content = await response.content.read(_ANSWER)
-            while await response.content.read(_ANSWER):
-                pass
+        async with session.post(target.url, data=body, allow_redirects=False) as response:
+            content = bytearray()
+            async for piece in response.content.iter_any():
+                if len(content) < _PROBLEM:
+                    content += piece
             if response.status < 300:
                 return OK
-            return _problem(response.status, content)
+            return _problem(response.status, bytes(content))
     except TimeoutError:
         return "timeout"
     except aiohttp.ClientConnectorError as error:

@@ -12,7 +12,8 @@ from serve_app.tuning.arrivals import Floats
 from serve_app.tuning.sizes import Ints
 from serve_app.usage.reader import Line
 
-_TEXTS = 1_024  # of one request; lines are input
+# Lines are input: of one request, no more than any service allows.
+_TEXTS, _CHARACTERS, _DAY_MS = 1_024, 10_000_000, 86_400_000
 
 
 class TraceError(Exception):
@@ -58,7 +59,7 @@ def read_trace(lines: Iterable[Line]) -> Trace:
         if event.get("message") != "request" or event.get("method") != "POST":
             continue
         characters, total_ms = event.get("characters"), event.get("total_ms")
-        if not _positive(characters) or not isinstance(total_ms, int | float):
+        if not _within(characters, 1, _CHARACTERS) or not _within(total_ms, 0, _DAY_MS):
             left_out += 1
             continue
         # The event's time is when the answer ended.
@@ -81,8 +82,8 @@ def read_trace(lines: Iterable[Line]) -> Trace:
     return Trace(at - at[0], sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], left_out)
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and value > 0
+def _within(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int | float) and low <= value <= high
 
 
 def _count(event: dict[str, object], name: str, default: int) -> int:

@@ -163,6 +163,8 @@ def test_a_trace_is_of_arrivals_not_of_answers_and_a_batch_is_its_texts() -> Non
             event(10, 9_000, characters=100, input_tokens=25, output_tokens=5, num_beams=4),
             event(2, 500, characters=900, input_tokens=300, output_tokens=30, texts=3, chunks=6),
             event(3, 1, status=401),
+            event(3, 1, characters=10**12),
+            event(3, 1e300, characters=5),
             event(4, 1, method="GET", characters=5),
             Line(MORNING, json.dumps({"message": "access", "method": "POST", "characters": 5})),
         ]
@@ -172,6 +174,6 @@ def test_a_trace_is_of_arrivals_not_of_answers_and_a_batch_is_its_texts() -> Non
     assert trace.input_tokens.tolist() == [25, 100, 100, 100]
     assert trace.parts.tolist() == [1, 2, 2, 2]
     assert trace.beams.tolist() == [4, 0, 0, 0]
-    assert trace.left_out == 1
+    assert trace.left_out == 3
     with pytest.raises(TraceError, match="1 requests, none of known size"):
         read_trace([event(3, 1, status=401)])

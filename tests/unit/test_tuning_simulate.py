@@ -370,3 +370,27 @@ def test_wrong_input_is_one_line(tmp_path: Path, args: list[str], message: str) 
     assert (status, out) == (2, "")
     assert err.startswith(f"t5-serve: {message.replace('{}', str(tmp_path))}")
     assert err.count("\n") == 1
+
+
+def test_a_trace_is_simulated_to_its_end(tmp_path: Path) -> None:
+    log = tmp_path / "usage.jsonl"
+    lines = [
+        {
+            "time": f"2026-11-23T{8 + at:02}:00:00Z",
+            "message": "request",
+            "request_id": str(at),
+            "method": "POST",
+            "total_ms": 5.0,
+            "characters": 100,
+            "input_tokens": 30,
+            "output_tokens": 6,
+        }
+        for at in range(3)
+    ]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    status, out, err = tuned(tmp_path, "--arrivals", "trace", "--logs", str(log), "--json")
+    assert (status, err) == (0, f"t5-serve: 1 line could not be read: {log}:4: not JSON\n")
+    told = json.loads(out)
+    assert told["figures"]["requests"] == 3
+    assert told["figures"]["seconds"] == pytest.approx(3 * 3_600, rel=1e-6)
+    assert told["load"] == "trace of 3 texts, 1 times as fast, for 10,800 s"
