@@ -70,8 +70,8 @@ start-time: $(VENV)/.installed ## seconds from start to the first summary
 
 lock: $(VENV)/.installed ## the lock files from pyproject.toml
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" --extra dev --extra training --extra bench --extra usage --extra gcp \
-		pyproject.toml --output-file requirements-dev.lock
+		--custom-compile-command "make lock" --extra dev --extra training --extra bench --extra usage \
+		--extra gcp --extra tune pyproject.toml --output-file requirements-dev.lock
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" --constraint requirements-dev.lock \
 		pyproject.toml --output-file requirements.lock

@@ -18,6 +18,8 @@ _COMMANDS = {
     "tokens": "serve_app.cli.tokens",
     "usage": "serve_app.cli.usage",
     "limits": "serve_app.cli.limits",
+    "bench": "serve_app.cli.bench",
+    "tune": "serve_app.cli.tune",
     "version": "serve_app.cli.version",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count

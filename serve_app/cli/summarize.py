@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _CONNECT_S = 10.0
 _SILENCE_S = 60.0  # of a stream; the service sends a comment every 10 s
 _GRACE_S = 10.0  # that the service may take to tell that its deadline has passed
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command("summarize")
@@ -71,11 +71,11 @@ def command(ctx: click.Context, /, file: str, url: str, token: str | None, **opt
     as_json = options.pop("as_json")
     body = _body(_read(file), stream, options)
     try:
-        local = httpx.URL(url).host in _LOOPBACK
+        local = httpx.URL(url).host in LOOPBACK
     except httpx.InvalidURL as error:
         raise CliError(f"--url {url}: {error}") from None
-    token = token or (_dev_token() if local else None)
-    headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
+    token = token or (dev_token() if local else None)
+    headers = {"Authorization": f"Bearer {checked_token(token)}"} if token else {}
     silence = _SILENCE_S if stream else options["timeout"] and options["timeout"] + _GRACE_S
     timeout = httpx.Timeout(_CONNECT_S, read=silence, write=_SILENCE_S)
     try:
@@ -119,13 +119,19 @@ def _body(text: str, stream: bool, options: dict[str, Any]) -> dict[str, Any]:
     return {"text": text, "stream": stream, **given}
 
 
-def _dev_token() -> str | None:
+def dev_token() -> str | None:
+    """The token that `t5-serve run` made on this machine."""
     from serve_app.tokens import default_tokens_file, read_dev_token
 
     return read_dev_token(default_tokens_file())
 
 
-def _checked(token: str) -> str:
+def checked_token(token: str) -> str:
+    """The token without white space around it.
+
+    Raises:
+        CliError: it cannot stand in a header.
+    """
     token = token.strip()
     if not token.isascii() or not token.isprintable() or " " in token:
         raise CliError("the token holds characters that no token has")

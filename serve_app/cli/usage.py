@@ -182,7 +182,7 @@ def open_usage(
 
     tally = Tally()
     try:
-        usage = Usage(_lines(logs, tally), since, until, client)
+        usage = Usage(lines_of(logs, tally), since, until, client)
     except (UsageReadError, MissingExtraError) as error:
         raise CliError(str(error)) from None
     if tally.broken_lines:
@@ -200,7 +200,12 @@ def _told(tally: Tally) -> str:
     return told
 
 
-def _lines(logs: tuple[str, ...], tally: Tally) -> Iterator[Line]:
+def lines_of(logs: tuple[str, ...], tally: Tally) -> Iterator[Line]:
+    """The lines of the logs that were named, or of the default folder.
+
+    Raises:
+        UsageReadError: a log cannot be read.
+    """
     from serve_app.usage.folder import default_usage_folder
     from serve_app.usage.reader import UsageReadError, read_files, read_stream
 

@@ -31,13 +31,14 @@ border-bottom:1px solid var(--line);white-space:nowrap}
 td.n{text-align:right;font-variant-numeric:tabular-nums}
 """ + "".join(
     f"svg .s{at}{{fill:var(--s{at})}}.legend .s{at}{{background:var(--s{at})}}"
+    f"svg path.s{at}{{fill:none;stroke:var(--s{at});stroke-width:1.5}}"
     for at in range(COLOURS)
 )
 
 
 def page(tables: dict[str, Table], notes: list[str]) -> str:
     """The page of all reports; `notes` says what they are of."""
-    parts = [f'<p class="note">{escape(note)}</p>' for note in notes]
+    parts = []
     for name in REPORTS:
         table = tables[name]
         parts.append(f"<h2>{escape(name.replace('_', ' '))}</h2>")
@@ -47,19 +48,26 @@ def page(tables: dict[str, Table], notes: list[str]) -> str:
             continue
         if name in _CHARTS:
             parts.append(_CHARTS[name](table))
-        parts.append(_table(table))
+        parts.append(table_html(table))
+    return document("t5-serve: usage", notes, parts)
+
+
+def document(title: str, notes: list[str], parts: list[str]) -> str:
+    """A page of `parts`, which are HTML; `title` and `notes` are text."""
+    told = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     # A policy of its own: whatever a log line holds, the page loads and runs nothing.
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width"><title>t5-serve: usage</title>'
-        f"<style>{_STYLE}</style></head><body><h1>t5-serve: usage</h1>{''.join(parts)}"
-        "</body></html>\n"
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><h1>{escape(title)}</h1>{told}{''.join(parts)}</body></html>\n"
     )
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """The first rows of a table."""
     head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
     body = "".join(
         "<tr>"

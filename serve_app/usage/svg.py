@@ -1,4 +1,4 @@
-"""Small charts as SVG text: columns over time, bars per name, a heat map."""
+"""Small charts as SVG text: columns and lines over time, bars per name, a heat map."""
 
 from __future__ import annotations
 
@@ -31,6 +31,40 @@ def columns(labels: Sequence[str], series: Mapping[str, Sequence[float]], stacke
             floor -= tall if stacked else 0
         if at % (len(labels) // _LABELS + 1) == 0:
             parts.append(_text(x, _HEIGHT - 6, label, "start"))
+    return _svg(_HEIGHT, parts) + _legend(list(series))
+
+
+def lines(
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float | None]],
+    unit: str,
+    steps: bool = False,
+) -> str:
+    """A line per series over `x`, which ascends and is told in `unit`. None leaves a gap.
+
+    With `steps`, a value stays until the next one.
+    """
+    top = max([*(one for values in series.values() for one in values if one is not None), 1e-9])
+    height = _HEIGHT - _BOTTOM - _TOP
+    low, wide = (x[0], max(x[-1] - x[0], 1e-9)) if x else (0.0, 1.0)
+    parts = [_axis(top, height)]
+    for number, values in enumerate(series.values()):
+        drawn: list[str] = []
+        pen = "M"
+        for at, value in zip(x, values, strict=True):
+            if value is None:
+                pen = "M"
+                continue
+            right = _LEFT + (at - low) / wide * (_WIDTH - _LEFT)
+            down = _TOP + height * (1 - value / top)
+            across = f"H{right:.1f}" if steps and pen == "L" else ""
+            drawn.append(f"{across}{pen}{right:.1f} {down:.1f}")
+            pen = "L"
+        parts.append(f'<path class="s{number % COLOURS}" d="{"".join(drawn)}"/>')
+    for share in range(_LABELS):
+        at = low + wide * share / _LABELS
+        label = f"{shown(round(at, 2))} {unit}"
+        parts.append(_text(_LEFT + (_WIDTH - _LEFT) * share / _LABELS, _HEIGHT - 6, label, "start"))
     return _svg(_HEIGHT, parts) + _legend(list(series))
 
 

@@ -1,0 +1,1 @@
+"""Loads, measured and simulated: what replicas give a load, and what it takes."""

@@ -1,0 +1,229 @@
+"""Ray Serve's own autoscaling on virtual time: its policy, delays, factors and metric merge.
+
+Nothing of it is written anew: the modules are Ray's, of the version installed. Its policy module
+reads the clock, so it is loaded a second time, under a name of our own and with a clock of our own;
+the one that Ray itself uses stays as it is. The functions are private to Ray, therefore Ray is
+pinned and a golden trace of each version is among the tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ray.serve import autoscaling_policy
+from ray.serve._private import autoscaling_metrics_merge as merge
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.constants import (
+    RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR,
+    SERVE_AUTOSCALING_DECISION_TIMESTAMP_KEY,
+)
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
+
+from serve_app.tuning.arrivals import Floats
+from serve_app.tuning.model import Scaling
+
+RECORD_FACTOR = float(RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR)
+_EPSILON = 1e-6  # as Ray has it where it compares delays
+
+
+def _private_copy(clock: Callable[[], float]) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "serve_app.tuning._ray_autoscaling_policy", autoscaling_policy.__file__
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.time = SimpleNamespace(time=clock, monotonic=clock)  # type: ignore[attr-defined]
+    return module
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a controller knows between two reports, from which it takes a load at each moment.
+
+    For `mean` the load is the integral so far and the last value carried on, over the time since
+    `begin`: Ray's `time_weighted_average_arrays`. For `max` and `min` it is `value`.
+    """
+
+    value: float  # the last one, or the extreme
+    integral: float = 0.0
+    begin: float = 0.0
+    last: float = 0.0
+    mean: bool = False
+
+    def at(self, now: float) -> float:
+        """Requests, as `DeploymentAutoscalingState.get_total_num_requests` would say then."""
+        if not self.mean:
+            return self.value
+        held = max(now - self.last, 0.0) or 1e-3
+        span = self.last + held - self.begin
+        return (self.integral + self.value * held) / span if span > 0 else 0.0
+
+
+def signal(ts: Floats, val: Floats, offsets: Any, function: str) -> Signal:
+    """The signal of series, laid out as `merge_and_aggregate_arrays` takes them."""
+    merged_ts, merged = merge.merge_instantaneous_total_arrays(ts, val, offsets)
+    if not merged_ts.size:
+        return Signal(0.0)
+    last = float(merged_ts[-1])
+    if function != "mean":
+        found = merge.merge_and_aggregate_arrays(ts, val, offsets, last + 1, function)
+        return Signal(float(found))
+    # The mean over one more second tells the integral, and where the window begins is Ray's rule.
+    begins = ts[offsets[:-1][offsets[1:] > offsets[:-1]]]
+    begin = float(merged_ts[0])
+    if len(begins) > 1 and begins.max() <= last:
+        begin = max(float(begins.max()), begin)
+    mean = float(merge.merge_and_aggregate_arrays(ts, val, offsets, last + 1, function))
+    value = float(merged[-1])
+    return Signal(value, mean * (last + 1 - begin) - value, begin, last, True)
+
+
+class Policy:
+    """Decides a number of replicas as Ray's controller does, each time it is asked.
+
+    Args:
+        scaling: the settings.
+        function: the policy, as in `policy_function`; None: Ray's default.
+        more: gives fields of the context beside the usual, at each decision.
+    """
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        function: Callable[[AutoscalingContext], tuple[int | float, dict[str, Any]]] | None = None,
+        more: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self._now = 0.0
+        self._module = _private_copy(lambda: self._now)
+        self.config = AutoscalingConfig(
+            **{k: v for k, v in scaling.model_dump().items() if v is not None}
+        )
+        self.steady = function is None  # decisions rise with the load and with nothing else
+        self._raw = function or self._module.replica_queue_length_autoscaling_policy
+        self._decide = self._module._apply_autoscaling_config(self._raw)
+        self._scaling = scaling
+        self._more = more
+        self._state: dict[str, Any] = {}
+        self._id = DeploymentID(name="Summarizer", app_name="t5-serve")
+
+    def decide(self, now: float, load: float, current: int, target: int) -> int:
+        """One pass of the control loop: the new target, within bounds."""
+        self._now = now
+        decided, self._state = self._decide(self._context(now, load, current, target))
+        return self._bounded(math.ceil(decided))
+
+    def wish(self, load: float, current: int, target: int) -> int:
+        """What it would decide were there no delays."""
+        context = self._context(self._now, load, current, target)
+        desired, _ = self._raw(context)
+        return int(self._module._apply_scaling_factors(desired, current, self.config))
+
+    @property
+    def since(self) -> float | None:
+        """When the decision that waits for its delay began to wait."""
+        since = self._state.get(SERVE_AUTOSCALING_DECISION_TIMESTAMP_KEY)
+        return None if since is None else float(since)
+
+    def _bounded(self, replicas: int) -> int:
+        return max(self._scaling.min_replicas, min(self._scaling.max_replicas, replicas))
+
+    def _context(self, now: float, load: float, current: int, target: int) -> AutoscalingContext:
+        said = {
+            "total_queued_requests": None,
+            "aggregated_metrics": None,
+            "raw_metrics": None,
+            "running_replicas": [],
+            **self._more(),
+        }
+        return AutoscalingContext(
+            deployment_id=self._id,
+            deployment_name=self._id.name,
+            app_name=self._id.app_name,
+            current_num_replicas=current,
+            target_num_replicas=target,
+            total_num_requests=load,
+            capacity_adjusted_min_replicas=self._scaling.min_replicas,
+            capacity_adjusted_max_replicas=self._scaling.max_replicas,
+            policy_state=self._state,
+            last_scale_up_time=None,
+            last_scale_down_time=None,
+            current_time=now,
+            config=self.config,
+            **said,
+        )
+
+
+def next_change(
+    policy: Policy,
+    load: Callable[[float], float],
+    first: int,
+    last: int,
+    period_s: float,
+    current: int,
+    target: int,
+) -> tuple[int, int] | None:
+    """The first pass of the control loop among `first` to `last` that sets another target.
+
+    Passes are `period_s` apart; between them only the load changes, and from `first` to `last`
+    in one direction (a mean in which the last value is carried on). So where Ray's default policy
+    wants to the same side of the target at both ends, it does at all passes between, and only
+    those matter at which a delay begins or is over. Any other policy is asked at each pass.
+
+    Returns:
+        The pass and the new target, or None.
+    """
+    tick = first
+    while tick <= last:
+        decided = policy.decide(tick * period_s, load(tick * period_s), current, target)
+        if decided != target:
+            return tick, decided
+        following = tick + 1
+        if policy.steady and following < last:
+            sides = {
+                _side(policy.wish(load(one * period_s), current, target), target)
+                for one in (following, last)
+            }
+            if current == 0 or sides == {0}:
+                following = last
+            elif len(sides) == 1 and policy.since is not None:
+                up = sides == {1}
+                over = policy.since + _delay(policy.config, up, target) - _EPSILON
+                following = max(following, min(math.ceil(over / period_s - 1e-9), last + 1))
+                if following > last:
+                    return None
+        tick = following
+    return None
+
+
+def _side(wish: int, target: int) -> int:
+    return (wish > target) - (wish < target)
+
+
+def _delay(config: AutoscalingConfig, up: bool, target: int) -> float:
+    if up:
+        return float(config.upscale_delay_s)
+    if target == 1 and config.downscale_to_zero_delay_s is not None:
+        return float(config.downscale_to_zero_delay_s)
+    return float(config.downscale_delay_s)
+
+
+def series(points: list[tuple[float, Floats]]) -> tuple[Floats, Floats, Any]:
+    """Columns of points as series: NaN where a series has none.
+
+    Each point is a time and a value per series; each series keeps the points it has.
+    """
+    times = np.array([at for at, _ in points])
+    values = np.array([row for _, row in points])
+    there = ~np.isnan(values)
+    counts = there.sum(axis=0)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    ts = np.broadcast_to(times[:, None], values.shape).T[there.T]
+    return ts, values.T[there.T], offsets
