@@ -48,7 +48,8 @@ class Prometheus:
         folder: where configuration and data go.
         target: `host:port` of Ray's metrics port.
         port: to listen on, on loopback.
-        interval_s: between scrapes, and between evaluations of rules.
+        interval_s: between scrapes, and the most that one may take: Ray's agent needs a second or
+            two for its page on a busy machine. Rules are evaluated every second.
         rules: groups of a PrometheusRule's `spec`, or None.
     """
 
@@ -59,7 +60,7 @@ class Prometheus:
         target: str,
         port: int,
         *,
-        interval_s: float = 1,
+        interval_s: float = 5,
         rules: dict[str, Any] | None = None,
     ) -> None:
         self._url = f"http://127.0.0.1:{port}"
@@ -69,7 +70,7 @@ class Prometheus:
             "global": {
                 "scrape_interval": every,
                 "scrape_timeout": every,
-                "evaluation_interval": every,
+                "evaluation_interval": "1s",
             },
             "scrape_configs": [
                 {

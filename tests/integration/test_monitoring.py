@@ -124,6 +124,7 @@ def loaded(deploy: Deploy) -> Iterator[Service]:
     serve.delete("t5-serve")
 
 
+@pytest.mark.timeout(600)
 def test_every_query_has_data_and_alerts_fire(
     cluster: Cluster, loaded: Service, tmp_path: Path
 ) -> None:
@@ -170,7 +171,7 @@ def _numbers(prometheus: Prometheus, expr: str) -> list[float]:
 
 
 def _wait(condition: Any, still: Any) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, f"no data, or not firing: {still()}"
         time.sleep(1)
