@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import ssl
+import sys
+import time
 from typing import Any
 
 import httpx
@@ -11,6 +13,8 @@ import httpx
 Object = dict[str, Any]
 
 _DEX_CONNECTOR = "github-actions"
+# A release lasts minutes, in which Argo CD may be busy, or restarted by an upgrade of its own.
+_PATIENCE_S = 120.0
 
 
 class DeployError(Exception):
@@ -30,7 +34,11 @@ class RefusedError(DeployError):
 
 
 class ArgoCD:
-    """Its API, as far as a release needs it (`/swagger-ui` of any Argo CD)."""
+    """Its API, as far as a release needs it (`/swagger-ui` of any Argo CD).
+
+    What only asks is asked again, for up to two minutes, where Argo CD cannot answer; but not the
+    first time, when it is its address or a token that may be wrong.
+    """
 
     def __init__(self, server: str, token: str | None) -> None:
         url = server if "://" in server else f"https://{server}"
@@ -39,10 +47,12 @@ class ArgoCD:
         self.url = url.rstrip("/")
         self._client = httpx.Client(base_url=self.url, timeout=60, verify=verify)
         self._client.headers["Authorization"] = f"Bearer {token or self._exchanged()}"
+        self._patience = 0.0
         if not self._call("GET", "/api/v1/session/userinfo").get("loggedIn"):
             raise DeployError(
                 f"{self.url} does not know the token: ARGOCD_AUTH_TOKEN may have expired"
             )
+        self._patience = _PATIENCE_S
 
     def application(self, name: str, refresh: bool = False) -> Object | None:
         """None if there is none."""
@@ -89,6 +99,20 @@ class ArgoCD:
         self._call("POST", f"/api/v1/applications/{name}/resource/actions/v2", json=body)
 
     def _call(self, method: str, path: str, **more: Any) -> Object:
+        end = time.monotonic() + (self._patience if method == "GET" else 0.0)
+        pause = 1.0
+        while True:
+            try:
+                return self._once(method, path, **more)
+            except DeployError as error:
+                passing = error.status is None or error.status >= 500
+                if not passing or time.monotonic() + pause > end:
+                    raise
+                print(f"asking again in {pause:.0f} s: {error}", file=sys.stderr, flush=True)
+            time.sleep(pause)
+            pause = min(2 * pause, 15.0)
+
+    def _once(self, method: str, path: str, **more: Any) -> Object:
         try:
             # Argo CD asks for the type even of a DELETE.
             headers = {"Content-Type": "application/json"}

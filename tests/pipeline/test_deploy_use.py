@@ -7,6 +7,7 @@ server stands in for GitHub's token service and Argo CD's Dex, which this projec
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import os
 import runpy
@@ -33,6 +34,7 @@ class Edge(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[dict[str, Any]] = []
         self.known = {"Bearer argo-token"}
+        self.trees: list[tuple[int, dict[str, Any]]] = []  # answers, in turn
 
     @property
     def url(self) -> str:
@@ -61,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif address.path == "/api/v1/session/userinfo":
             known = request["authorization"] in self.server.known
             status, answer = 200, {"loggedIn": True} if known else {}
+        elif address.path.endswith("/resource-tree"):
+            status, answer = self.server.trees.pop(0)
         body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -164,6 +168,29 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
     assert done.returncode == 1
     assert "127.0.0.1:9" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def api(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`scripts/argocd_api.py` as a client of the stand-in; it does not wait between questions."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = importlib.import_module("argocd_api")
+    monkeypatch.setattr(module.time, "sleep", lambda _seconds: None)
+    return module.ArgoCD(edge.url, "argo-token")
+
+
+def test_an_argo_cd_that_cannot_answer_for_a_while_is_asked_again(edge: Edge, api: Any) -> None:
+    node = {"kind": "Pod", "name": "a"}
+    edge.trees = [(500, {"message": "i/o timeout"}), (503, {}), (200, {"nodes": [node]})]
+    assert api.pods("t5") == [node]
+    assert edge.trees == []
+
+
+def test_what_argo_cd_refuses_is_asked_once(edge: Edge, api: Any) -> None:
+    edge.trees = [(403, {"message": "permission denied"}), (200, {})]
+    with pytest.raises(Exception, match=r"permission denied \(HTTP 403"):
+        api.pods("t5")
+    assert len(edge.trees) == 1
 
 
 @pytest.fixture
