@@ -73,7 +73,7 @@ class Variant:
         """CPU seconds of its replicas so far.
 
         By the processes' own clocks, in nanoseconds: psutil has the kernel's ticks, of which a
-        round is only a few. The number of the clock is what glibc's clock_getcpuclockid(3) computes.
+        round is only a few. The clock's number is made as clock_getcpuclockid(3) does.
         """
         clocks = [(~process.pid << 3) | 2 for process in self.processes]
         return sum(time.clock_gettime_ns(clock) for clock in clocks) / 1e9
