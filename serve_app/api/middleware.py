@@ -88,6 +88,8 @@ class RequestMiddleware:
                     headers["X-Request-Id"] = request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+                if (turn := state.get("turn")) is not None:
+                    headers.update(turn.headers())
             seen.response_bytes += len(message.get("body", b""))
             await send(message)
 
@@ -112,6 +114,9 @@ class RequestMiddleware:
 
     def _done(self, scope: Scope, seen: _Seen) -> None:
         milliseconds = (time.monotonic() - seen.began) * 1e3
+        facts = scope["state"].get("facts", {})
+        if (turn := scope["state"].get("turn")) is not None:
+            turn.leave(facts.get("input_tokens", 0) + facts.get("output_tokens", 0))
         # 499: the client went away before the first byte.
         status = seen.status or 499
         route = getattr(scope.get("route"), "path", None) or "unmatched"
@@ -125,7 +130,7 @@ class RequestMiddleware:
             total_ms=milliseconds,
             request_bytes=seen.request_bytes,
             response_bytes=seen.response_bytes,
-            facts=scope["state"].get("facts", {}),
+            facts=facts,
         )
         probe = route in ("/healthz", "/readyz") and status < 400
         if self._usage is not None and not probe:

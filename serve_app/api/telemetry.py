@@ -34,6 +34,9 @@ class Telemetry(Protocol):
     def summary(self, *, truncated: bool, chunks: int) -> None:
         """A summary was made; truncation is never silent."""
 
+    def rate_limited(self, limit: str) -> None:
+        """A request was refused for a limit of its client."""
+
     def usage_dropped(self, count: int) -> None:
         """So many usage events could not be kept. Called from any thread."""
 
@@ -57,6 +60,11 @@ class ServeTelemetry:
             "t5_truncated_texts", description="Texts of which a part was left out."
         )
         self._chunks = metrics.Counter("t5_chunks", description="Parts that texts were split into.")
+        self._rate_limited = metrics.Counter(
+            "t5_rate_limited",
+            description="Requests refused for a limit of their client.",
+            tag_keys=("limit",),
+        )
         self._dropped = metrics.Counter(
             "t5_usage_events_dropped", description="Usage events that could not be kept."
         )
@@ -71,6 +79,10 @@ class ServeTelemetry:
         self._chunks.inc(chunks)
         if truncated:
             self._truncated.inc(1)
+
+    def rate_limited(self, limit: str) -> None:
+        """See `Telemetry.rate_limited`."""
+        self._rate_limited.inc(1, tags={"limit": limit})
 
     def usage_dropped(self, count: int) -> None:
         """See `Telemetry.usage_dropped`."""

@@ -82,10 +82,10 @@ class FailureReason(StrEnum):
 class Usage:
     """What a request cost. Times in milliseconds; tokens without the decoder's start and end."""
 
-    input_tokens: int
-    output_tokens: int
-    queue_ms: float
-    compute_ms: float
+    input_tokens: int = 0
+    output_tokens: int = 0
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +108,12 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request is over and has no result."""
+    """The request is over and has no result; `usage` is what it had cost by then."""
 
     id: str
     reason: FailureReason
     message: str
+    usage: Usage = Usage()
 
 
 @dataclass(frozen=True, slots=True)

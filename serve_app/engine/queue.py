@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from serve_app.engine.protocol import EngineRequest
+from serve_app.engine.protocol import EngineRequest, Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -16,7 +16,8 @@ class Entry:
     request: EngineRequest
     arrived: float
     started: float = 0.0
-    streamed: int = 0  # output tokens already handed out
+    made: int = 0  # output tokens so far
+    streamed: int = 0  # of these, already handed out
     cancelled: bool = False
     over: bool = field(default=False)  # its last event has been emitted
 
@@ -24,6 +25,17 @@ class Entry:
     def tokens(self) -> int:
         """Encoder input length."""
         return len(self.request.input_ids)
+
+    def usage(self, now: float) -> Usage:
+        """What it has cost so far. Who has not left the queue has only waited."""
+        if not self.started:
+            return Usage(queue_ms=(now - self.arrived) * 1e3)
+        return Usage(
+            input_tokens=self.tokens,
+            output_tokens=self.made,
+            queue_ms=(self.started - self.arrived) * 1e3,
+            compute_ms=(now - self.started) * 1e3,
+        )
 
     def late(self, now: float) -> bool:
         """Whether the deadline has passed."""

@@ -146,6 +146,7 @@ class _Watch(StoppingCriteria):
         now = time.monotonic()
         events: list[Event] = []
         for entry in self._batch:
+            entry.made = input_ids.shape[1] - 1  # without the start token
             failed = None if entry.over else failure(entry, now)
             if failed is not None:
                 events.append(failed)

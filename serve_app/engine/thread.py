@@ -260,13 +260,16 @@ def padded(batch: Sequence[Entry], pad_id: int, device: torch.device) -> tuple[T
 def broken(entry: Entry, error: Exception) -> Failed:
     """The end of a request that the engine failed on."""
     message = f"{type(error).__name__}: {error}"
-    return Failed(entry.request.id, FailureReason.ERROR, message)
+    usage = entry.usage(time.monotonic())
+    return Failed(entry.request.id, FailureReason.ERROR, message, usage)
 
 
 def failure(entry: Entry, now: float) -> Failed | None:
     """Why nobody waits for this request any more, or None."""
     if entry.cancelled:
-        return Failed(entry.request.id, FailureReason.CANCELLED, "cancelled")
-    if entry.late(now):
-        return Failed(entry.request.id, FailureReason.DEADLINE, "the deadline has passed")
-    return None
+        reason, message = FailureReason.CANCELLED, "cancelled"
+    elif entry.late(now):
+        reason, message = FailureReason.DEADLINE, "the deadline has passed"
+    else:
+        return None
+    return Failed(entry.request.id, reason, message, entry.usage(now))
