@@ -140,6 +140,8 @@ class RateTier(RateLimit):
 
     name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
     match: Annotated[str, AfterValidator(_pattern)] = Field(description="a regular expression")
+    tokens_per_minute: int = Field(ge=0)
+    burst_tokens: int = Field(ge=1)
 
 
 class RateLimitSettings(RateLimit):
