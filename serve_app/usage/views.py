@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve_app.usage.limits import Call
 from serve_app.usage.reader import Line
 
 if TYPE_CHECKING:
@@ -120,6 +121,24 @@ class Usage:
         for client, came in found.fetchall():
             arrivals.setdefault(client, []).append(came)
         return arrivals
+
+    def work(self) -> dict[str, list[Call]]:
+        """What each client's calls weighed and used, in order; refused ones used nothing.
+
+        Only calls whose text the service has seen. Lines of older versions do not say what a call
+        weighed when it came: its input tokens stand for that.
+        """
+        found = self._db.execute(
+            "SELECT client, epoch(time) - LEAST(COALESCE(total_ms, 0) / 1000, 86400) AS came, "  # noqa: S608
+            "epoch(time), COALESCE(asked_tokens, input_tokens), "
+            "COALESCE(input_tokens, 0) + COALESCE(output_tokens, 0) "
+            f"FROM {DATASET}.requests WHERE is_call AND client IS NOT NULL "
+            "AND COALESCE(asked_tokens, input_tokens) IS NOT NULL ORDER BY client, came"
+        )
+        work: dict[str, list[Call]] = {}
+        for client, *call in found.fetchall():
+            work.setdefault(client, []).append(Call(*call))
+        return work
 
     def _keep(self, since: datetime | None, until: datetime | None, client: str | None) -> None:
         """Put a table of the requests that were asked for in place of the view of all.

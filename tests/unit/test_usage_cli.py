@@ -92,6 +92,7 @@ def test_json_has_the_rows_with_times_in_rfc_3339(logs: Path) -> None:
         "hour": "2026-11-23T02:00:00Z",
         "client": "nightly",
         "over_rate": 0,
+        "over_limits": 0,
         "queue_full": 6,
         "calls": 6,
     }

@@ -115,20 +115,21 @@ def test_auth_failures(usage: Usage) -> None:
 
 def test_throttled_calls(usage: Usage) -> None:
     assert usage.report("throttled_calls").rows == [
-        # hour, client, over its rate, queue full, both
-        (at(2), "nightly", 0, 6, 6),
-        (at(12), "web-shop", 10, 0, 10),
+        # hour, client, over NGINX's rate, over the service's limits, queue full, all
+        (at(2), "nightly", 0, 0, 6, 6),
+        (at(12), "web-shop", 10, 0, 0, 10),
     ]
 
 
 def test_rate_limit_candidates(usage: Usage) -> None:
     # web-shop: 480 minutes with 2 calls, but 12 at noon, and those at 7 and 8 o'clock.
-    # nightly: 60 minutes with a call, and one with 5.
+    # nightly: 60 minutes with a call, and one with 5. A call of web-shop or late uses 100 + 20
+    # tokens, one of nightly 500 + 100.
     assert usage.report("rate_limit_candidates").rows == [
-        # client, calls, active minutes, peak, peak minute, p95, throttled, share
-        ("web-shop", 973, 482, 12, at(12), 2.0, 10, 0.0103),
-        ("nightly", 65, 61, 5, at(6), 1.0, 6, 0.0923),
-        ("late", 2, 2, 1, at(23, 59), 1.0, 0, 0.0),
+        # client, calls, active minutes, peak, its minute, p95, the same of tokens, throttled, share
+        ("web-shop", 973, 482, 12, at(12), 2.0, 240, 240.0, 10, 0.0103),
+        ("nightly", 65, 61, 5, at(6), 1.0, 600, 600.0, 6, 0.0923),
+        ("late", 2, 2, 1, at(23, 59), 1.0, 120, 120.0, 0, 0.0),
     ]
 
 
