@@ -223,20 +223,28 @@ def _lines(logs: tuple[str, ...], tally: Tally) -> Iterator[Line]:
     "--dataset",
     default="t5_requests",
     show_default=True,
-    help="Where Cloud Logging's sink writes: NAME or PROJECT.NAME.",
+    help="Where the views go, and Cloud Logging's sink writes: NAME or PROJECT.NAME.",
 )
-def sql(dataset: str) -> None:
+@click.option(
+    "--source",
+    help="Dataset linked to a log bucket, to read in place of the sink's: NAME or PROJECT.NAME.",
+)
+def sql(dataset: str, source: str | None) -> None:
     """Print the BigQuery statements that make the views.
 
     \b
-    Example:
+    Examples:
       t5-serve usage sql | bq query --use_legacy_sql=false --project_id=PROJECT
+      t5-serve usage sql --source PROJECT.t5_request_logs
     """
     from serve_app.usage.views import BASE, REPORTS, view_sql
 
-    if re.fullmatch(r"([a-z][-a-z0-9:.]{4,62}\.)?[A-Za-z0-9_]{1,1024}", dataset) is None:
-        raise CliError(f"--dataset: must be NAME or PROJECT.NAME, is {dataset!r}")
-    click.echo("\n".join(view_sql(name, dataset) for name in (*BASE, *REPORTS)), nl=False)
+    for option, given in (("--dataset", dataset), ("--source", source)):
+        named = r"([a-z][-a-z0-9:.]{4,62}\.)?[A-Za-z0-9_]{1,1024}"
+        if given is not None and re.fullmatch(named, given) is None:
+            raise CliError(f"{option}: must be NAME or PROJECT.NAME, is {given!r}")
+    made = (view_sql(name, dataset, source) for name in (*BASE, *REPORTS))
+    click.echo("\n".join(made), nl=False)
 
 
 @command.command("tail")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import duckdb
 
 DATASET = "t5_requests"  # as the files write it
+_EXPORTED = f"TO_JSON(jsonPayload) AS line\n  FROM {DATASET}.stdout"  # how `events` reads lines
 BASE = ("events", "requests")
 REPORTS = (
     "overview",
@@ -54,9 +55,23 @@ class Table:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
-def view_sql(name: str, dataset: str = DATASET) -> str:
-    """The BigQuery statement that makes a view, for a dataset (`NAME` or `PROJECT.NAME`)."""
+def view_sql(name: str, dataset: str = DATASET, source: str | None = None) -> str:
+    """The BigQuery statement that makes a view.
+
+    Args:
+        dataset: where the views go, and where the sink's table is: `NAME` or `PROJECT.NAME`.
+        source: a dataset linked to a log bucket (Observability Analytics), whose lines to read in
+            place of the sink's.
+    """
     text = (files("serve_app.usage") / "sql" / f"{name}.sql").read_text(encoding="utf-8")
+    if source is not None and name == "events":
+        # https://cloud.google.com/logging/docs/analyze/query-and-view: the table of all log
+        # entries, in which a JSON payload is one column.
+        assert _EXPORTED in text
+        linked = (
+            f"json_payload AS line\n  FROM `{source}._AllLogs`\n  WHERE json_payload IS NOT NULL"
+        )
+        text = text.replace(_EXPORTED, linked)
     if dataset == DATASET:
         return text
     return re.sub(rf"\b{DATASET}\.(\w+)", rf"`{dataset}.\1`", text)
