@@ -344,6 +344,21 @@ async def test_a_request_that_never_ran_costs_nothing(
         assert left == 100 - answer.json()["usage"]["input_tokens"]
 
 
+@pytest.mark.anyio
+async def test_the_documentation_names_the_headers(
+    checkpoint: Checkpoint, clients: Clients
+) -> None:
+    async with local_app(checkpoint, clients()) as local:
+        paths = (await local.http.get("/openapi.json")).json()["paths"]
+    limits = {"RateLimit-Policy", "RateLimit"}
+    for path in ("/v1/summarize", "/v1/summarize/batch", "/hf/summarization"):
+        answers = paths[path]["post"]["responses"]
+        assert set(answers["429"]["headers"]) == {"Retry-After", *limits}
+        assert set(answers["503"]["headers"]) == {"Retry-After"}
+        assert set(answers["200"]["headers"]) == limits
+    assert "headers" not in paths["/v1/models"]["get"]["responses"]["200"]
+
+
 def test_the_window_of_the_policy_is_the_time_to_fill_the_bucket() -> None:
     turn = limiter(Clock(), tokens_per_minute=7, burst_tokens=1000).turn("shop")
     assert turn is not None
