@@ -25,7 +25,7 @@ ARGS ?=
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-CLUSTER_TESTS := --timeout=1200 --capture=no --verbose --exitfirst
+CLUSTER_TESTS := --timeout=1200 --capture=no --verbose --exitfirst --durations=12
 SHELL_SCRIPTS = $(shell grep --files-with-matches --dereference-recursive --max-count=1 '^#!.*bash' .ci scripts kuberay)
 KERNELS := $(wildcard serve_app/engine/native/*.cpp serve_app/engine/native/*.h)
 

@@ -31,8 +31,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="scripts/gate",
         description="Judge an image before it is pushed: its engine against generate(), its "
         "model's summaries of held-out texts against floors.",
-        epilog="Exit status: 0 passed, 1 failed, 2 wrong use. The environment's BUILDAH_ARGS are "
-        "put before buildah's arguments, and a table is added to the file GITHUB_STEP_SUMMARY.",
+        epilog="Exit status: 0 passed, 1 failed, 2 wrong use. A table is added to the file that "
+        "GITHUB_STEP_SUMMARY names.",
     )
     parser.add_argument("image", nargs="?", help="in buildah's store, or oci:FOLDER")
     parser.add_argument("--local", action="store_true", help="no image: this environment")

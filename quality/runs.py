@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -38,21 +37,19 @@ class Image:
 def container(name: str) -> Iterator[tuple[Image, list[str]]]:
     """A container of the image, and the command that runs what follows inside it.
 
-    `name` is in buildah's store, or has a transport (`oci:FOLDER`). BUILDAH_ARGS are put before
-    buildah's own arguments. The container is removed in the end; an image read from a folder
-    stays in the store.
+    `name` is in buildah's store, or has a transport (`oci:FOLDER`). The container is removed in the
+    end; an image read from a folder stays in the store.
 
     Raises:
         GateError: no buildah, or no such image.
     """
     if not shutil.which("buildah"):
         raise GateError("buildah is not here, which runs images (apt-get install buildah)")
-    buildah = ["buildah", *shlex.split(os.environ.get("BUILDAH_ARGS", ""))]
     # A name alone is never looked for in a registry: what is judged is what is here.
     local = name.partition(":")[0] in ("oci", "oci-archive", "docker-archive", "dir")
     pull = "missing" if local else "never"
     found = subprocess.run(
-        [*buildah, "from", "--quiet", f"--pull={pull}", name], capture_output=True, text=True
+        ["buildah", "from", "--quiet", f"--pull={pull}", name], capture_output=True, text=True
     )
     if found.returncode:
         raise GateError(f"image {name!r}: {_last_line(found.stderr) or 'buildah from failed'}")
@@ -60,7 +57,7 @@ def container(name: str) -> Iterator[tuple[Image, list[str]]]:
     try:
         kind = "{{.FromImageID}} {{.FromImageDigest}}"
         told = subprocess.run(
-            [*buildah, "inspect", "--type", "container", "--format", kind, made],
+            ["buildah", "inspect", "--type", "container", "--format", kind, made],
             capture_output=True,
             text=True,
         )
@@ -71,9 +68,9 @@ def container(name: str) -> Iterator[tuple[Image, list[str]]]:
         offline = ["--env", "HF_HUB_OFFLINE=1"]
         isolation = os.environ.get("BUILDAH_ISOLATION", "chroot")
         image = Image(name, id_, digest)
-        yield image, [*buildah, "run", "--isolation", isolation, *offline, made, "--", "python"]
+        yield image, ["buildah", "run", "--isolation", isolation, *offline, made, "--", "python"]
     finally:
-        subprocess.run([*buildah, "rm", made], stdout=subprocess.DEVNULL, check=False)
+        subprocess.run(["buildah", "rm", made], stdout=subprocess.DEVNULL, check=False)
 
 
 def run(

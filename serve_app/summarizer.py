@@ -96,14 +96,16 @@ class _Metrics:
         self.batch_size.observe(ran.requests)
         self.batches.inc(1)
         self.batched.inc(ran.requests)
-        # Ray's counters refuse an increment of zero, and a batch may yield no token.
         self.batch_seconds.inc(max(ran.seconds, 1e-9))
-        self.tokens.inc(ran.input_tokens, tags={"kind": "input"})
-        for kind, count in (("tried", ran.drafted), ("accepted", ran.accepted)):
+        for counter, kind, count in (
+            (self.tokens, "input", ran.input_tokens),
+            (self.tokens, "output", ran.output_tokens),
+            (self.drafts, "tried", ran.drafted),
+            (self.drafts, "accepted", ran.accepted),
+        ):
+            # Ray's counters refuse an increment of zero; most steps encode nothing.
             if count:
-                self.drafts.inc(count, tags={"kind": kind})
-        if ran.output_tokens:
-            self.tokens.inc(ran.output_tokens, tags={"kind": "output"})
+                counter.inc(count, tags={"kind": kind})
 
     def outcome(self, outcome: Outcome) -> None:
         if isinstance(outcome, Finished):

@@ -252,11 +252,18 @@ def test_the_dashboard_has_a_route_only_with_a_password_and_a_certificate(render
     assert spec["tls"]["secret"] == "cert"
     [upstream] = spec["upstreams"]
     assert (upstream["service"], upstream["port"]) == (f"{NAME}-head-svc", 8265)
-    route = routes(release, f"{NAME}-dashboard")["/"]
+    found = routes(release, f"{NAME}-dashboard")
+    route = found["/"]
     assert policy_names(route) == [f"{NAME}-dashboard-auth", f"{NAME}-dashboard-allow"]
     auth = release.one("Policy", f"{NAME}-dashboard-auth")["spec"]["basicAuth"]
     assert auth["secret"] == "htpasswd"
     assert headers(route)["Authorization"] == '""'
+    # Only Ray can check its own token, so its header goes through where the page logs in.
+    login = found["=/api/authenticate"]
+    assert policy_names(login) == [f"{NAME}-rate-page", f"{NAME}-dashboard-allow"]
+    assert headers(login) == {}
+    alone = render(ingress(dashboard=dashboard, page=False))
+    assert alone.one("Policy", f"{NAME}-rate-page")
 
 
 def test_expired_tokens_are_removed_with_no_more_rights_than_that(render: Render) -> None:

@@ -21,7 +21,6 @@ REPOSITORY = "t5.local/t5-serve"
 ARGOCD_IMAGE = f"t5.local/argocd:{components.ARGOCD}"
 BASE = "localhost/t5-base:bookworm"
 _STORE = HOME / "buildah"
-STORE_OPTIONS = ("--root", str(_STORE / "storage"), "--runroot", str(_STORE / "run"))
 _BUILT_FROM = (
     "Dockerfile",
     ".dockerignore",
@@ -34,8 +33,10 @@ _BUILT_FROM = (
 
 def buildah(*arguments: str | Path) -> str:
     """Output of buildah, on the harness' own store."""
-    command = ["buildah", *STORE_OPTIONS, *map(str, arguments)]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    command = ["buildah", *map(str, arguments)]
+    found = subprocess.run(
+        command, env=store_environment(), check=True, stdout=subprocess.PIPE, text=True
+    )
     return found.stdout.strip()
 
 
@@ -106,7 +107,7 @@ def _have(name: str, build: Callable[[str], None]) -> None:
             "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
             f"containers-storage:{name}", f"oci:{layout}:{name}",
         ],
-        env={**os.environ, "CONTAINERS_STORAGE_CONF": str(storage_settings())}, check=True,
+        env=store_environment(), check=True,
     )  # fmt: skip
     machine.load(layout)
     shutil.rmtree(layout)
@@ -158,20 +159,21 @@ def _build(name: str, context: Path, *more: str) -> None:
     say(f"building {name} …")
     with open(_log(name.rpartition("/")[2].partition(":")[0]), "w") as log:
         subprocess.run(
-            ["buildah", *STORE_OPTIONS, "build", "--format=docker", "--layers", *build_options(),
+            ["buildah", "build", "--format=docker", "--layers", *build_options(),
              f"--tag={name}", *more, context],
-            check=True, stdout=log, stderr=log,
+            env=store_environment(), check=True, stdout=log, stderr=log,
         )  # fmt: skip
     say(f"built {name}")
 
 
-def storage_settings() -> Path:
-    """containers-storage.conf(5), for programs that are to use the harness' own store."""
+def store_environment() -> dict[str, str]:
+    """For buildah and skopeo, to use the harness' own store: see containers-storage.conf(5)."""
+    _STORE.mkdir(parents=True, exist_ok=True)
     path = _STORE / "storage.conf"
     folders = {"graphroot": _STORE / "storage", "runroot": _STORE / "run"}
     lines = ("[storage]", 'driver = "overlay"', *(f'{k} = "{v}"' for k, v in folders.items()))
     path.write_text("\n".join(lines) + "\n")
-    return path
+    return {**os.environ, "CONTAINERS_STORAGE_CONF": str(path)}
 
 
 def build_options() -> list[str]:

@@ -37,11 +37,13 @@ class Load:
         url: of the service.
         token: bearer token.
         rate: requests per second.
+        host: to send in place of the URL's.
     """
 
     url: str
     token: str
     rate: float
+    host: str | None = None
     answers: list[Answer] = field(default_factory=list)
 
     def __enter__(self) -> Load:
@@ -82,6 +84,8 @@ class Load:
         # A connection for each request: else all would stay with the pods they began with.
         limits = httpx.Limits(max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {self.token}"}
+        if self.host:
+            headers["Host"] = self.host
         pending: set[asyncio.Task[None]] = set()
         async with httpx.AsyncClient(limits=limits, timeout=60, headers=headers) as client:
             number = 0

@@ -53,3 +53,13 @@ def test_a_worker_pod_comes_and_goes(
     figure("load to the second pod, to its replica", f"{pod_after:.0f} s, {replica_after:.0f} s")
     figure("idle until its pod is gone", f"{time.monotonic() - idle:.0f} s")
     assert {p["spec"]["nodeName"] for p in kube.pods("summarizer")} == {GPU_NODE}
+
+
+def test_no_replica_has_logged_an_exception(token: str) -> None:
+    # After load, deadlines and refusals; what their processes write stays in files of the pod.
+    count = "cat /tmp/ray/session_latest/logs/worker-*.err | grep --count Traceback || true"
+    told = {
+        pod: kube.execute(pod, "bash", "-c", count, container="ray-worker").strip()
+        for pod in kube.names(kube.pods("api")) | kube.names(kube.pods("summarizer"))
+    }
+    assert set(told.values()) == {"0"}, told

@@ -49,12 +49,11 @@ def test_a_replica_is_killed(
         f"replaced after {took:.0f} s, {load.summary()}, "
         f"{len(missing)} of {len(load.answers)} usage events lost",
     )
-    assert load.failed == []
-    # An Api replica's last events may be lost with it, or come twice if it was killed between event
-    # and answer. All others come once.
+    # What an Api replica has in its hands dies with it, for only a client (or the ingress) can send
+    # it again, and its last usage events may be lost. All others are answered and come once.
     for answer in load.answers:
         if not (deployment == "Api" and answer.sent <= killed + 1 and answer.done >= killed - 1):
-            assert passed_on[answer.request_id] == 1, answer
+            assert (answer.status, passed_on[answer.request_id]) == (200, 1), answer
 
 
 @pytest.mark.parametrize("component", ["summarizer", "api"])

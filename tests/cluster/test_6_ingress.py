@@ -22,7 +22,7 @@ import pytest
 
 from tests.cluster import kube, machine
 from tests.cluster.components import ROOT
-from tests.cluster.load import TEXT
+from tests.cluster.load import TEXT, Load
 from tests.cluster.release import NGINX_CRDS, Release
 
 IMAGE = os.environ.get("T5_NGINX_INGRESS_IMAGE", "")
@@ -30,6 +30,7 @@ CONTROLLER_CHART = os.environ.get("T5_NGINX_INGRESS_CHART", "")
 HOST = "summarize.example.com"
 CONTROLLER = "nginx-ingress"
 BODY_LIMIT = 100_000
+_RATE = 8.0  # requests per second
 
 pytestmark = pytest.mark.skipif(
     not (IMAGE and CONTROLLER_CHART and NGINX_CRDS.is_dir()),
@@ -40,6 +41,8 @@ pytestmark = pytest.mark.skipif(
 _SETTINGS = (
     f"--set=ingress.enabled=true,ingress.host={HOST},limits.body_bytes={BODY_LIMIT}",
     "--set=ingress.rateLimit.rate=30r/m,ingress.rateLimit.burst=5",
+    "--set=ingress.rateLimit.tiers[0].name=heavy,ingress.rateLimit.tiers[0].match=load",
+    "--set=ingress.rateLimit.tiers[0].rate=1200r/m,ingress.rateLimit.tiers[0].burst=100",
 )
 
 
@@ -214,6 +217,28 @@ def test_the_page_is_open_and_serves_own_paths_are_not(edge: httpx.Client) -> No
     assert edge.get("/v1/models").status_code == 401
 
 
+def test_no_request_fails_when_an_api_replica_dies(
+    edge: httpx.Client, release: Release, figure: Callable[[str, str], None]
+) -> None:
+    token = release.tokens("create", "load", secret="api-keys")
+    kube.until("NGINX knows the key", lambda: _ask(edge, token).status_code == 200, 60)
+    before = kube.replicas("Api")
+    victim = next(iter(before))
+    with Load(str(edge.base_url).rstrip("/"), token, _RATE, HOST) as load:
+        time.sleep(5)
+        pod, number = victim.split("/")
+        kube.execute(pod, "kill", "-9", number)
+        kube.until(
+            "another replica in its place",
+            lambda: len(now := kube.replicas("Api")) == len(before) and victim not in now,
+        )
+        time.sleep(5)
+    figure("Api replica killed, behind the ingress", load.summary())
+    # Its tier lets it have more than the 30 a minute of others, and NGINX asked another pod.
+    assert len(load.answers) > 60
+    assert load.failed == []
+
+
 def test_expired_keys_are_pruned(edge: httpx.Client, release: Release) -> None:
     release.tokens("create", "brief", "--expires", "1m", secret="api-keys")
     release.tokens("create", "steady", secret="api-keys")
@@ -262,16 +287,35 @@ def test_the_dashboard_needs_its_password(
     address = _controller(
         "get", "service", f"{CONTROLLER}-controller", "--output=jsonpath={.spec.clusterIP}"
     )
+    template = "--output=go-template={{.data.auth_token | base64decode}}"
+    rays = kube.kubectl("get", "secret", cluster, template)
     trust = ssl.create_default_context(cafile=tmp_path / "crt")
     with httpx.Client(base_url=f"https://{address}", headers={"Host": host}, verify=trust) as ray:
         names = {"sni_hostname": host}
+        password = ("operator", "secret")
 
-        def ask(**more: Any) -> int:
-            return ray.get("/", extensions=names, **more).status_code
+        def ask(path: str = "/", **more: Any) -> int:
+            return ray.get(path, extensions=names, **more).status_code
+
+        def login(token: str) -> httpx.Response:
+            return ray.post(
+                "/api/authenticate",
+                headers={"Authorization": f"Bearer {token}"},
+                extensions=names,
+            )
 
         kube.until("the route is there", lambda: ask() == 401, 60)
         assert ask(auth=("operator", "wrong")) == 401
-        assert ask(auth=("operator", "secret")) == 200
+        assert ask(auth=password) == 200
+        # The page then asks for Ray's own token, and keeps it in a cookie.
+        state = "/api/serve/applications/"
+        assert ask(state, auth=password) == 401
+        assert login("wrong").status_code == 403
+        answer = login(rays)
+        assert answer.status_code == 200
+        assert "; secure" in answer.headers["set-cookie"].lower()
+        assert ask(state, auth=password) == 200
+        assert ask(state) == 401
         plain = httpx.get(f"http://{address}/", headers={"Host": host})
         assert (plain.status_code, plain.headers["location"]) == (308, f"https://{host}/")
     assert kube.active_cluster() == cluster

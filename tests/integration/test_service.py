@@ -86,6 +86,8 @@ def test_64_clients_at_once_share_batches(service: Service) -> None:
         return counted("ray_t5_engine_requests_total", outcome="finished")
 
     before = finished()
+    read = counted("ray_t5_tokens_total", kind="input")
+    written = counted("ray_t5_tokens_total", kind="output")
     batches = counted("ray_t5_batches_total")
     batched = counted("ray_t5_batched_requests_total")
     documents = texts(64)
@@ -104,6 +106,14 @@ def test_64_clients_at_once_share_batches(service: Service) -> None:
     mean = (counted("ray_t5_batched_requests_total") - batched) / new_batches
     print(f"mean batch size: {mean:.1f}")
     assert mean > 8
+    usages = [answer.json()["usage"] for answer in answers]
+    assert counted("ray_t5_tokens_total", kind="input") - read == sum(
+        usage["input_tokens"] for usage in usages
+    )
+    # The model also writes the end of a summary, where it comes to one.
+    made = counted("ray_t5_tokens_total", kind="output") - written
+    least = sum(usage["output_tokens"] for usage in usages)
+    assert least < made <= least + len(usages)
 
 
 def test_a_batch_keeps_its_order(service: Service) -> None:

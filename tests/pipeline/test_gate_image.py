@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -36,11 +37,12 @@ int main(int count, char **given) {
 class Store:
     """A store of buildah's of its own, without anything in it."""
 
-    arguments: tuple[str, ...]
+    settings: Path
 
     def __call__(self, *arguments: str | Path) -> str:
         done = subprocess.run(
-            ["buildah", *self.arguments, *map(str, arguments)],
+            ["buildah", *map(str, arguments)],
+            env={**os.environ, **self.environment},
             check=True,
             capture_output=True,
             text=True,
@@ -49,7 +51,7 @@ class Store:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"BUILDAH_ARGS": " ".join(self.arguments)}
+        return {"CONTAINERS_STORAGE_CONF": str(self.settings)}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,10 @@ def store(tmp_path_factory: pytest.TempPathFactory, program: Path) -> Iterator[S
     if not shutil.which("buildah"):
         pytest.skip("no buildah")
     folder = tmp_path_factory.mktemp("store")
-    arguments = ("--root", str(folder / "root"), "--runroot", str(folder / "run"))
-    made = Store((*arguments, "--storage-driver", "vfs"))
+    made = Store(folder / "storage.conf")
+    made.settings.write_text(
+        f'[storage]\ndriver = "vfs"\ngraphroot = "{folder}/root"\nrunroot = "{folder}/run"\n'
+    )
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in _rows(prepare(folder))))
     container = made("from", "scratch")

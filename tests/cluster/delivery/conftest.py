@@ -40,11 +40,10 @@ class Pipeline:
     def script(self, name: str, *arguments: str, ok: bool = True, **more: str) -> str:
         """Run `scripts/NAME`. Gives what it wrote; its last line is on stdout alone."""
         environment = {
-            **os.environ,
+            **images.store_environment(),
             # As on a runner: programs of this environment, Helm, and trust in the registry.
             "PATH": f"{os.path.dirname(sys.executable)}:{HELM.parent}:{os.environ['PATH']}",
             "SSL_CERT_FILE": str(edges.CERTIFICATE),
-            "CONTAINERS_STORAGE_CONF": str(images.storage_settings()),
             "ARGOCD_SERVER": argocd.server(),
             "ARGOCD_AUTH_TOKEN": self.token,
             "GITHUB_OUTPUT": str(Path(self.folder, "outputs")),

@@ -141,7 +141,10 @@ def test_layers_come_from_the_cache_on_another_machine(pipeline: Pipeline, regis
 
 def test_arguments_of_buildah_are_passed_on(pipeline: Pipeline) -> None:
     done = pipeline.script(
-        "build-image", "--label", "one=with a blank", BUILDAH_ARGS="--label two=2 --label three=3"
+        "build-image",
+        "--label",
+        "one=with a blank",
+        BUILD_ARGUMENTS="--label two=2 --label three=3",
     )
     assert done.returncode == 0, done.stderr
     labels = Layout(pipeline.layout).labels
