@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -29,8 +29,8 @@ class Clock:
         return self.now
 
 
-def limiter(clock: Clock, **settings: Any) -> RateLimiter:
-    given_ = {"tokens_per_minute": 600, "burst_tokens": 1000, **settings}
+def limiter(clock: Clock, **changed: Any) -> RateLimiter:
+    given_ = {"tokens_per_minute": 600, "burst_tokens": 1000, **changed}
     return RateLimiter(RateLimitSettings(enabled=True, **given_), clock=clock)
 
 
@@ -98,6 +98,7 @@ def test_a_request_larger_than_the_bucket_waits_for_it_to_be_full() -> None:
     assert refusal(lambda: call(limits, 5000)) == ("tokens_per_minute", 500)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 100), st.integers(1, 3000), st.integers(0, 2000)), max_size=40),
     st.integers(1, 4000),
@@ -128,6 +129,7 @@ def test_who_waits_as_told_gets_in_and_not_a_second_before(
         turn.take(tokens)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 1000)), min_size=1, max_size=80))
 def test_never_more_than_the_bucket_and_the_rate(calls: list[tuple[float, int]]) -> None:
     clock = Clock()

@@ -193,13 +193,14 @@ CALLS = st.lists(
 
 
 @given(CALLS, st.integers(1, 100_000))
+@settings(deadline=None)
 def test_a_bucket_is_just_enough(calls: list[Call], rate: int) -> None:
     bucket = tokens_needed(calls, rate)
     largest = max(call.asked for call in calls)
 
     def refuses(burst: int) -> int:
-        settings = {"tokens_per_minute": rate, "burst_tokens": burst}
-        return replayed(calls, RateLimitSettings(enabled=True, **settings))
+        limits = RateLimitSettings(enabled=True, tokens_per_minute=rate, burst_tokens=burst)
+        return replayed(calls, limits)
 
     assert refuses(bucket) == 0
     # Below the largest call a bucket lets that one in when it is full.

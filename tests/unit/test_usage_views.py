@@ -408,6 +408,13 @@ def test_every_view_has_a_test_here() -> None:
         assert question(name).endswith(("?", "."))
 
 
+def test_the_docs_have_a_command_and_a_query_for_each_report() -> None:
+    text = (SQL[0].parents[3] / "docs" / "usage.md").read_text()
+    for name in REPORTS:
+        command = "t5-serve usage" + f" {name.replace('_', '-')}" * (name != "overview")
+        assert f"| `{command}` | `SELECT * FROM t5_requests.{name}` |" in text, name
+
+
 def test_a_dataset_of_another_name() -> None:
     text = view_sql("overview", "my-project.logs")
     assert "t5_requests" not in text
