@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from serve_app.metrics.series import API_SERIES, ENGINE_SERIES, Series
+from serve_app.metrics.series import API_SERIES, ENGINE_SERIES, SPANS_DROPPED, Series
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "monitoring.md"
-_TABLES = {"Api": API_SERIES, "Summarizer": ENGINE_SERIES}
+_TABLES = {"Api": API_SERIES, "Summarizer": ENGINE_SERIES, "traces": (SPANS_DROPPED,)}
 
 
 def updated(page: str) -> str:

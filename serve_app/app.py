@@ -43,6 +43,8 @@ def build(args: ServiceSettings | dict[str, Any]) -> Application:
     )
     ingress = cast(serve.Deployment, serve.deployment(Api)).options(
         num_replicas=api.replicas,
+        # Not among the arguments: Serve then takes changes without a restart.
+        user_config={"rate_limits": settings.pop("rate_limits")},
         ray_actor_options={"num_cpus": api.num_cpus},
         max_ongoing_requests=api.max_ongoing_requests,
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,

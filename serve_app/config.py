@@ -23,6 +23,14 @@ from pydantic import (
 _OwnPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,6 +125,32 @@ class Limits(_Settings):
     full_status: Literal[429, 503] = Field(503, description="status when the queue is full")
 
 
+class RateLimit(_Settings):
+    """What one client may use."""
+
+    tokens_per_minute: int = Field(
+        100_000, ge=0, description="input and output; 0: as many as it likes"
+    )
+    burst_tokens: int = Field(200_000, ge=1, description="at once, after a time without requests")
+    concurrent_requests: int = Field(0, ge=0, description="at once; 0: as many as it likes")
+
+
+class RateTier(RateLimit):
+    """Other limits for the clients whose whole name matches."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    match: Annotated[str, AfterValidator(_pattern)] = Field(description="a regular expression")
+    tokens_per_minute: int = Field(ge=0)
+    burst_tokens: int = Field(ge=1)
+
+
+class RateLimitSettings(RateLimit):
+    """Limits of each client. A replica takes changes to them without a restart."""
+
+    enabled: bool = False
+    tiers: list[RateTier] = Field([], description="the first that matches counts")
+
+
 class AuthSettings(_Settings):
     """Who may call.
 
@@ -189,6 +223,7 @@ class ServiceSettings(_Settings):
     replicas: Annotated[ReplicaSettings, BeforeValidator(_replica_range)] = ReplicaSettings()
     api: ApiSettings = ApiSettings()
     limits: Limits = Limits()
+    rate_limits: RateLimitSettings = RateLimitSettings()
     auth: Annotated[AuthSettings, _short("mode")] = AuthSettings()
     log: Annotated[LogSettings, _short("level")] = LogSettings()
     usage: UsageSettings = UsageSettings()

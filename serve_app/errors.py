@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from serve_app.engine.protocol import Usage
+
 _VALUE_CHARACTERS = 100  # of an offending value, in an error
 
 
@@ -32,6 +34,8 @@ class FieldError:
 class ServiceError(Exception):
     """Base of all errors with an HTTP answer (RFC 9457, Problem Details)."""
 
+    # What the engine had spent on it; None: it could not say.
+    usage: Usage | None = Usage()
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     kind = "internal"
     title = "Internal error"
@@ -115,6 +119,16 @@ class OverloadedError(ServiceError):
         seconds = min(max(math.ceil(retry_after_s), 1), most_s)
         super().__init__(detail, Retry_After=str(seconds))
         self.status = HTTPStatus(status)
+
+
+class RateLimitedError(ServiceError):
+    """The client is over a limit of its own; `Retry-After` is when it no longer is."""
+
+    status, kind, title = HTTPStatus.TOO_MANY_REQUESTS, "rate-limited", "Rate limited"
+
+    def __init__(self, error: FieldError, retry_after_s: float) -> None:
+        seconds = max(math.ceil(retry_after_s), 1)
+        super().__init__(f"{error.field}: {error.message}", [error], Retry_After=str(seconds))
 
 
 class UnavailableError(ServiceError):

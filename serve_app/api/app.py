@@ -16,13 +16,14 @@ from starlette.exceptions import HTTPException
 
 import serve_app
 from serve_app.api.auth import Authenticate
+from serve_app.api.limiter import RateLimiter
 from serve_app.api.middleware import DOCS_POLICY, PROBLEM_JSON, RequestMiddleware
 from serve_app.api.openapi import describe
 from serve_app.api.schemas import known_fields
 from serve_app.api.service import SummaryService
 from serve_app.api.summarize import router
 from serve_app.api.telemetry import Telemetry
-from serve_app.config import ApiSettings
+from serve_app.config import ApiSettings, RateLimitSettings
 from serve_app.errors import (
     BadRequestError,
     MethodNotAllowedError,
@@ -44,6 +45,7 @@ def create_app(
     telemetry: Telemetry,
     settings: ApiSettings,
     *,
+    limiter: RateLimiter | None = None,
     usage: UsageSink | None = None,
     echo_request_id: bool = True,
     tracing: IngressTracing | None = None,
@@ -62,6 +64,7 @@ def create_app(
     )
     app.state.service = service
     app.state.telemetry = telemetry
+    app.state.limiter = limiter or RateLimiter(RateLimitSettings())
     _add_errors(app)
     _add_pages(app)
     _add_health(app, service, settings)

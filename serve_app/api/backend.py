@@ -121,10 +121,15 @@ class RayBackend:
             detail = "the replica that worked on this request died, and so did the next"
             if isinstance(error, DeploymentUnavailableError):
                 detail = "the summarizer has no healthy replica"
-            raise UnavailableError(detail, Retry_After="5") from error
+            unavailable = UnavailableError(detail, Retry_After="5")
+            if isinstance(error, _GONE):
+                unavailable.usage = None
+            raise unavailable from error
         if isinstance(error, RayTaskError):
             logger.error("the summarizer raised", exc_info=error)
-            raise EngineError("the summarizer failed; its log has the cause") from error
+            failed = EngineError("the summarizer failed; its log has the cause")
+            failed.usage = None
+            raise failed from error
         raise error
 
 
@@ -140,8 +145,12 @@ def finished(outcome: Outcome, limits: Limits) -> Finished:
             limits.max_retry_after_s,
         )
     assert isinstance(outcome, Failed)
+    error: ServiceError
     if outcome.reason is FailureReason.DEADLINE:
-        raise DeadlineError("the request's deadline passed before the summary was done")
-    if outcome.reason is FailureReason.CANCELLED:
-        raise UnavailableError("the replica is shutting down", Retry_After="1")
-    raise EngineError(f"the engine failed on this text: {outcome.message}")
+        error = DeadlineError("the request's deadline passed before the summary was done")
+    elif outcome.reason is FailureReason.CANCELLED:
+        error = UnavailableError("the replica is shutting down", Retry_After="1")
+    else:
+        error = EngineError(f"the engine failed on this text: {outcome.message}")
+    error.usage = outcome.usage
+    raise error

@@ -12,9 +12,11 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.api.app import create_app
 from serve_app.api.auth import authenticator
 from serve_app.api.backend import RayBackend
+from serve_app.api.limiter import News, RateLimiter
+from serve_app.api.peers import tell_peers
 from serve_app.api.service import SummaryService
 from serve_app.api.telemetry import ServeTelemetry
-from serve_app.config import ServiceSettings
+from serve_app.config import RateLimitSettings, ServiceSettings
 from serve_app.engine.checkpoint import resolve
 from serve_app.logs import configure_logging
 from serve_app.usage.folder import default_usage_folder
@@ -46,6 +48,18 @@ class Api:
 
         self._telemetry = ServeTelemetry()
         self._usage = self._usage_writer()
+        self._limiter = RateLimiter(RateLimitSettings(), self._telemetry.rate_limited)
+        self._telling = asyncio.create_task(tell_peers(self._limiter))
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """Called by Serve with the deployment's `user_config`, at first and when it changes."""
+        settings = RateLimitSettings.model_validate(config["rate_limits"])
+        self._limiter.configure(settings)
+
+    def heard(self, replica: str, news: News) -> None:
+        """Called by the other replicas, and this one: what clients have used."""
+        if replica != serve.get_replica_context().replica_id.unique_id:
+            self._limiter.heard(replica, news)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica has been constructed."""
@@ -54,6 +68,7 @@ class Api:
             authenticator(self._settings.auth),
             self._telemetry,
             self._settings.api,
+            limiter=self._limiter,
             usage=self._usage,
             echo_request_id=False,
             tracing=self._tracing,

@@ -101,6 +101,8 @@ class RequestMiddleware:
                     headers["X-Request-Id"] = request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+                if (turn := state.get("turn")) is not None:
+                    headers.update(turn.headers())
             seen.response_bytes += len(message.get("body", b""))
             await send(message)
 
@@ -125,6 +127,9 @@ class RequestMiddleware:
 
     def _done(self, scope: Scope, seen: _Seen, span: RequestSpan | None) -> None:
         milliseconds = (time.monotonic() - seen.began) * 1e3
+        facts = scope["state"].get("facts", {})
+        if (turn := scope["state"].get("turn")) is not None:
+            turn.leave(facts.get("input_tokens", 0) + facts.get("output_tokens", 0))
         # 499: the client went away before the first byte.
         status = seen.status or 499
         route = getattr(scope.get("route"), "path", None) or "unmatched"

@@ -27,7 +27,7 @@ _PROBLEMS = {
     413: "The body is too large",
     415: "The content type or encoding is not understood",
     422: "A field breaks a rule or a limit",
-    429: "Over a limit; see Retry-After",
+    429: "Over a limit of the client, or the queue is full; see Retry-After",
     500: "An error inside the service",
     503: "Overloaded or unavailable; see Retry-After",
 }
@@ -77,6 +77,22 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+_RATE_LIMIT = {
+    "RateLimit-Policy": 'limits of this client: `"tokens";q=200000;w=120;qu="tokens"` is a bucket '
+    'of 200,000 tokens that fills in 120 s; `"concurrency";q=4;qu="concurrent-requests"`',
+    "RateLimit": 'what is left: `"tokens";r=150320;t=30`, and in how many seconds the bucket is '
+    "full",
+}
+_RETRY_AFTER = {"Retry-After": "seconds until it is worth trying again"}
+
+
+def _headers(described: dict[str, str]) -> dict[str, Any]:
+    return {
+        name: {"schema": {"type": "string"}, "description": f"{text}."}
+        for name, text in described.items()
+    }
+
+
 def _add_problems(path: str, operation: dict[str, Any]) -> None:
     if path.startswith("/healthz"):
         return
@@ -89,3 +105,8 @@ def _add_problems(path: str, operation: dict[str, Any]) -> None:
             "description": _PROBLEMS[code],
             "content": {"application/problem+json": {"schema": schema}},
         }
+        if code in (429, 503):
+            limits = _RATE_LIMIT if code == 429 else {}
+            operation["responses"][str(code)]["headers"] = _headers(_RETRY_AFTER | limits)
+    if 429 in codes:
+        operation["responses"]["200"]["headers"] = _headers(_RATE_LIMIT)

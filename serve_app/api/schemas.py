@@ -188,11 +188,11 @@ _FIELDS = frozenset(
     name
     for model in (SummarizeRequest, BatchRequest, HfRequest)
     for name in (*model.model_fields, "body", "Content-Type", "Content-Encoding")
-)
+) | {"tokens_per_minute", "concurrent_requests"}  # of `rate_limits`
 
 
 def known_fields(names: Iterable[str]) -> list[str]:
-    """Fields of the API among dotted names, by their first part, and `other` for all else.
+    """Fields and limits of the API among dotted names, by their first part; `other` for all else.
 
     A field that the API does not have is named by the client, after anything it likes.
     """

@@ -7,12 +7,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from serve_app.api.bill import Bill, Waits
 from serve_app.api.lengths import TextStream, trim
 from serve_app.api.requests import Job
-from serve_app.api.schemas import Chunk, ModelRef, SummarizeResponse, UsageBody
+from serve_app.api.schemas import Chunk, ModelRef, SummarizeResponse
 from serve_app.api.splitting import Span, split
 from serve_app.calls import Backend, Call
 from serve_app.config import ApiSettings, Limits
@@ -23,6 +24,10 @@ from serve_app.errors import DeadlineError, invalid
 
 _INLINE_CHARACTERS = 4096  # longer texts are tokenized off the event loop
 _T = TypeVar("_T")
+
+# How much longer than the deadline an engine's answer is waited for: a decode step or an encoding
+# of many tokens may have to end first.
+_ANSWER_S = 1.0
 
 _SPLIT_SLACK = 4  # tokens a part may gain when it is tokenized on its own
 
@@ -60,32 +65,20 @@ class _Part:
     ids: list[int]
 
 
-@dataclass(slots=True)
-class _Bill:
-    """What a request has used so far."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A job whose text has been tokenized and split: what admission weighs and `events` does."""
 
-    input_tokens: int = 0
-    output_tokens: int = 0
-    queue_ms: float = 0.0
-    compute_ms: float = 0.0
-    began: float = field(default_factory=time.monotonic)
+    job: Job
+    parts: list[_Part]
+    truncated: bool
+    deadline: _Deadline
+    bill: Bill
 
-    def stage(self, outputs: list[Finished]) -> None:
-        """Add the passes of one stage, which ran side by side."""
-        self.input_tokens += sum(output.usage.input_tokens for output in outputs)
-        self.output_tokens += sum(output.usage.output_tokens for output in outputs)
-        self.queue_ms += max(output.usage.queue_ms for output in outputs)
-        self.compute_ms += max(output.usage.compute_ms for output in outputs)
-
-    def body(self, chunks: int) -> UsageBody:
-        return UsageBody(
-            input_tokens=self.input_tokens,
-            output_tokens=self.output_tokens,
-            chunks=chunks,
-            queue_ms=round(self.queue_ms, 2),
-            compute_ms=round(self.compute_ms, 2),
-            total_ms=round((time.monotonic() - self.began) * 1e3, 2),
-        )
+    @property
+    def tokens(self) -> int:
+        """Input tokens of its parts. Passes over the parts' summaries come on top."""
+        return sum(len(part.ids) for part in self.parts)
 
 
 class SummaryService:
@@ -106,31 +99,44 @@ class SummaryService:
         self.max_input_tokens = max_input_tokens or checkpoint.max_input_tokens
         self._tokenizer = Tokenizer(checkpoint)
         self._prefix = checkpoint.prefix
+        self._waits = Waits()
         self._parts_in_flight = api.parts_in_flight
         prefix_tokens = len(self._tokenizer.encode(self._prefix).ids)
         self._part_budget = self.max_input_tokens - 1 - prefix_tokens - _SPLIT_SLACK
 
-    async def summarize(self, job: Job) -> SummarizeResponse:
-        """The summary of a job. Raises as `events` does."""
-        async with aclosing(self.events(job, stream=False)) as events:
-            async for event in events:
-                if isinstance(event, SummarizeResponse):
-                    return event
-        raise AssertionError("events() ends with the response")
-
-    async def events(self, job: Job, *, stream: bool) -> AsyncGenerator[ServiceEvent]:
-        """Run a job; the response is the last event, and `Delta`s concatenate to its summary.
+    async def plan(self, job: Job) -> Work:
+        """Tokenize and split the text of a job; its deadline and its bill begin here.
 
         Raises:
             InvalidError: the text has more tokens than the limit, or than one pass takes with
                 `on_overflow: error`.
             DeadlineError: the job's own deadline passed.
+        """
+        bill = Bill(self._waits)
+        deadline = _Deadline(job.timeout_s, job.share)
+        parts, truncated = await deadline.wait(self._plan(job))
+        return Work(job, parts, truncated, deadline, bill)
+
+    async def summarize(self, work: Work) -> SummarizeResponse:
+        """The summary of a job. Raises as `events` does."""
+        async with aclosing(self.events(work, stream=False)) as events:
+            async for event in events:
+                if isinstance(event, SummarizeResponse):
+                    return event
+        raise AssertionError("events() ends with the response")
+
+    async def events(self, work: Work, *, stream: bool) -> AsyncGenerator[ServiceEvent]:
+        """Run a job; the response is the last event, and `Delta`s concatenate to its summary.
+
+        However it ends, `work.bill` has what it used.
+
+        Raises:
+            DeadlineError: the job's own deadline passed.
             OverloadedError, UnavailableError, EngineError: from the backend.
         """
-        bill = _Bill()
-        deadline = _Deadline(job.timeout_s, job.share)
+        job, parts, truncated = work.job, work.parts, work.truncated
+        deadline, bill = work.deadline, work.bill
         response_id = f"sum-{uuid.uuid4().hex}"
-        parts, truncated = await deadline.wait(self._plan(job))
         yield Started(response_id, self.model, len(parts))
         chunks: list[Chunk] = []
         final = parts[0].ids
@@ -145,18 +151,21 @@ class SummaryService:
 
         text = TextStream(self._tokenizer.decode, job.length)
         call = deadline.call(final, job.settings)
-        if stream and job.settings.num_beams == 1:
-            output: Finished | None = None
-            async with aclosing(self.backend.stream(call)) as events:
-                while output is None:
-                    event = await deadline.wait(anext(events))
-                    if isinstance(event, Finished):
-                        output = event
-                    elif delta := text.push(event.ids):
-                        yield Delta(delta)
-        else:
-            output = await deadline.wait(self.backend.run(call))
-        bill.stage([output])
+        output: Finished | None = None
+        with bill.stage() as stage, stage.call(call) as meter:
+            if stream and job.settings.num_beams == 1:
+                async with aclosing(self.backend.stream(call)) as events:
+                    while output is None:
+                        event = await deadline.answer(anext(events))
+                        if isinstance(event, Finished):
+                            output = event
+                            continue
+                        meter.output_tokens += len(event.ids)
+                        if delta := text.push(event.ids):
+                            yield Delta(delta)
+            else:
+                output = await deadline.answer(self.backend.run(call))
+            meter.usage = output.usage
 
         whole = self._tokenizer.decode(list(output.ids)).strip()
         summary = trim(whole, job.length) if job.length else whole
@@ -221,7 +230,7 @@ class SummaryService:
         parts: list[_Part],
         settings: GenerationSettings,
         deadline: _Deadline,
-        bill: _Bill,
+        bill: Bill,
         stage: str,
     ) -> AsyncGenerator[Chunk]:
         """Summarize parts side by side, in the batch they share with everyone else's."""
@@ -233,29 +242,32 @@ class SummaryService:
             min_new_tokens=min(settings.min_new_tokens, most),
         )
         slots = asyncio.Semaphore(self._parts_in_flight)
+        with bill.stage() as meters:
 
-        async def run(index: int, part: _Part) -> tuple[int, Finished]:
-            async with slots:
-                return index, await self.backend.run(deadline.call(part.ids, settings, stage))
+            async def run(index: int, part: _Part) -> tuple[int, Finished]:
+                async with slots:
+                    call = deadline.call(part.ids, settings, stage)
+                    with meters.call(call) as meter:
+                        output = await self.backend.run(call)
+                        meter.usage = output.usage
+                    return index, output
 
-        tasks = [asyncio.create_task(run(index, part)) for index, part in enumerate(parts)]
-        outputs: list[Finished] = []
-        try:
-            for next_done in asyncio.as_completed(tasks):
-                index, output = await deadline.wait(next_done)
-                outputs.append(output)
-                span = parts[index].span
-                summary = self._tokenizer.decode(list(output.ids)).strip()
-                yield Chunk(index=index, start=span.start, end=span.end, summary=summary)
-        finally:
-            for task in tasks:
-                task.cancel()
-            # Wait, so that no task outlives its request; what they raise has been seen or is moot.
-            await asyncio.gather(*tasks, return_exceptions=True)
-        bill.stage(outputs)
+            tasks = [asyncio.create_task(run(index, part)) for index, part in enumerate(parts)]
+            try:
+                for next_done in asyncio.as_completed(tasks):
+                    index, output = await deadline.answer(next_done)
+                    span = parts[index].span
+                    summary = self._tokenizer.decode(list(output.ids)).strip()
+                    yield Chunk(index=index, start=span.start, end=span.end, summary=summary)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                # Wait, so that no task outlives its request, and each is on the bill; what they
+                # raise has been seen or is moot.
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _reduce(
-        self, chunks: list[Chunk], settings: GenerationSettings, deadline: _Deadline, bill: _Bill
+        self, chunks: list[Chunk], settings: GenerationSettings, deadline: _Deadline, bill: Bill
     ) -> tuple[list[int], bool]:
         """Encoder input of the final pass: the parts' summaries, themselves reduced until they fit.
 
@@ -287,15 +299,21 @@ class _Deadline:
         left = max(self._at - time.monotonic(), 0.001)
         return Call(uuid.uuid4().hex, ids, settings, left, self._share, stage)
 
-    async def wait(self, awaitable: Awaitable[_T]) -> _T:
+    async def answer(self, awaitable: Awaitable[_T]) -> _T:
+        """Wait for an engine, which ends late calls by itself and then tells what they cost."""
+        return await self.wait(awaitable, _ANSWER_S)
+
+    async def wait(self, awaitable: Awaitable[_T], beyond_s: float = 0.0) -> _T:
         # Around single waits, never around a `yield`: a timeout must not fire in the reader.
         try:
-            async with asyncio.timeout(self._at - time.monotonic()):
+            async with asyncio.timeout(self._at + beyond_s - time.monotonic()):
                 return await awaitable
         except TimeoutError:
-            raise DeadlineError(
+            late = DeadlineError(
                 f"the deadline (timeout_s: {self._timeout_s:g}) passed before the summary was done"
-            ) from None
+            )
+            late.usage = None
+            raise late from None
 
 
 def _reason(reason: FinishReason) -> Literal["stop", "max_new_tokens"]:

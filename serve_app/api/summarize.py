@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+from anyio import CancelScope
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
@@ -23,7 +24,7 @@ from serve_app.api.schemas import (
     Problem,
     SummarizeResponse,
 )
-from serve_app.api.service import Delta, PartDone, ServiceEvent, Started, SummaryService
+from serve_app.api.service import Delta, PartDone, ServiceEvent, Started, SummaryService, Work
 from serve_app.errors import ServiceError, invalid
 
 router = APIRouter()
@@ -42,14 +43,16 @@ _STATUS_HELD_S = 0.25
 async def summarize(request: Request) -> Response:
     """Summarize one text, at once or as server-sent events."""
     service = _service(request)
+    _enter(request)
     body = await read_summarize(request, service.limits.body_bytes)
     job = decide(body.text, body, service.defaults, service.limits, share=request.state.client)
     stream = body.stream or _wants_events(request)
     _asked(request, service, job, [body.text], stream=stream)
+    work = await service.plan(job)
+    _admit(request, [work])
     if stream:
-        return await _stream(request, service, job)
-    response = await service.summarize(job)
-    _account(request, [response])
+        return await _stream(request, service, work)
+    response = await _run(request, service, work)
     return JSONResponse(response.model_dump())
 
 
@@ -63,6 +66,7 @@ async def summarize(request: Request) -> Response:
 async def summarize_batch(request: Request) -> Response:
     """Summarize several texts; each gets a result or an error of its own, in order."""
     service = _service(request)
+    _enter(request)
     body = await read_json(request, BatchRequest, service.limits.body_bytes)
     limit = service.limits.batch_texts
     if len(body.texts) > limit:
@@ -72,20 +76,36 @@ async def summarize_batch(request: Request) -> Response:
     settled = decide("text", body, service.defaults, service.limits)
     _asked(request, service, settled, body.texts)
 
-    async def one(index: int, text: str) -> BatchItem:
+    async def plan(index: int, text: str) -> Work | ServiceError:
         try:
             field, share = f"texts.{index}", request.state.client
-            job = decide(text, body, service.defaults, service.limits, field, share)
-            return BatchItem(index=index, result=await service.summarize(job))
+            return await service.plan(
+                decide(text, body, service.defaults, service.limits, field, share)
+            )
+        except ServiceError as error:
+            return error
+
+    async def one(index: int, planned: Work | ServiceError) -> BatchItem:
+        try:
+            if isinstance(planned, ServiceError):
+                raise planned
+            return BatchItem(index=index, result=await service.summarize(planned))
         except ServiceError as error:
             request.app.state.telemetry.failed(error)
             problem = error.problem(request.state.request_id)
             return BatchItem(index=index, error=Problem.model_validate(problem))
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(i, text)) for i, text in enumerate(body.texts)]
-    items = [task.result() for task in tasks]
-    _account(request, [item.result for item in items if item.result is not None])
+    # All are weighed before any runs: limits let a request in, or not, as a whole.
+    plans = await asyncio.gather(*(plan(i, text) for i, text in enumerate(body.texts)))
+    works = [planned for planned in plans if isinstance(planned, Work)]
+    _admit(request, works)
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(i, planned)) for i, planned in enumerate(plans)]
+        items = [task.result() for task in tasks]
+    finally:
+        _bill(request, works)
+    _made(request, [item.result for item in items if item.result is not None])
     answer = BatchResponse(id=f"bat-{uuid.uuid4().hex}", results=items)
     return JSONResponse(answer.model_dump(exclude_none=True))
 
@@ -100,12 +120,14 @@ async def summarize_batch(request: Request) -> Response:
 async def hf_summarization(request: Request) -> Response:
     """What `huggingface_hub.InferenceClient(model=URL).summarization(text)` calls."""
     service = _service(request)
+    _enter(request)
     body = from_hf(await read_json(request, HfRequest, service.limits.body_bytes))
     share = request.state.client
     job = decide(body.text, body, service.defaults, service.limits, "inputs", share)
     _asked(request, service, job, [body.text])
-    response = await service.summarize(job)
-    _account(request, [response])
+    work = await service.plan(job)
+    _admit(request, [work])
+    response = await _run(request, service, work)
     return JSONResponse([HfResponse(summary_text=response.summary).model_dump()])
 
 
@@ -130,17 +152,47 @@ def _service(request: Request) -> SummaryService:
     return service
 
 
+def _enter(request: Request) -> None:
+    """Count the request against its client's limits; the middleware sees to its leaving."""
+    turn = request.app.state.limiter.turn(request.state.client)
+    if turn is not None:
+        request.state.turn = turn
+        turn.enter()
+
+
+def _admit(request: Request, works: list[Work]) -> None:
+    """Weigh the request's texts against its client's limits.
+
+    Raises:
+        RateLimitedError: not now.
+    """
+    tokens = sum(work.tokens for work in works)
+    _note(request, asked_tokens=tokens)
+    turn = getattr(request.state, "turn", None)
+    if turn is not None:
+        turn.take(tokens)
+
+
+async def _run(request: Request, service: SummaryService, work: Work) -> SummarizeResponse:
+    try:
+        response = await service.summarize(work)
+    finally:
+        _bill(request, [work])
+    _made(request, [response])
+    return response
+
+
 def _wants_events(request: Request) -> bool:
     return "text/event-stream" in request.headers.get("accept", "").lower()
 
 
-async def _stream(request: Request, service: SummaryService, job: Job) -> Response:
+async def _stream(request: Request, service: SummaryService, work: Work) -> Response:
     """Server-sent events.
 
     The status line is held back until the first event, and a moment longer, so that a text that
     is refused or a queue that is full still gets a status of its own.
     """
-    events = service.events(job, stream=True)
+    events = service.events(work, stream=True)
     try:
         first = await anext(events)
         second = asyncio.ensure_future(anext(events))
@@ -153,15 +205,17 @@ async def _stream(request: Request, service: SummaryService, job: Job) -> Respon
             raise error
     except BaseException:
         await events.aclose()
+        _bill(request, [work])
         raise
     # Until the end is reached: a reader that leaves may do so between any two frames.
     _note(request, error_type="client-closed")
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(_frames(request, first, second, events), headers=headers)
+    return EventSourceResponse(_frames(request, work, first, second, events), headers=headers)
 
 
 async def _frames(
     request: Request,
+    work: Work,
     first: ServiceEvent,
     second: asyncio.Future[ServiceEvent],
     events: AsyncGenerator[ServiceEvent],
@@ -179,7 +233,7 @@ async def _frames(
             task, pending = pending, None
             event = task.result()
             if isinstance(event, SummarizeResponse):
-                _account(request, [event])
+                _made(request, [event])
                 del request.state.facts["error_type"]
             yield _frame(*_event(event))
     except StopAsyncIteration:
@@ -189,11 +243,14 @@ async def _frames(
         _note(request, error_type=error.kind)
         yield _frame("error", error.problem(request.state.request_id))
     finally:
-        # The reader may have left: stop the work behind the stream before the stream ends.
-        if pending is not None:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
-        await events.aclose()
+        # The reader may have left: stop the work behind the stream before the stream ends. The
+        # response cancels whatever is awaited here, over and over, were it not for the shield.
+        with CancelScope(shield=True):
+            if pending is not None:
+                pending.cancel()
+                await asyncio.gather(pending, return_exceptions=True)
+            await events.aclose()
+        _bill(request, [work])
 
 
 def _event(event: ServiceEvent) -> tuple[str, dict[str, Any]]:
@@ -239,20 +296,25 @@ def _asked(
     )
 
 
-def _account(request: Request, responses: list[SummarizeResponse]) -> None:
-    """Put what the summaries cost into the usage event and the metrics."""
+def _made(request: Request, responses: list[SummarizeResponse]) -> None:
+    """Put the summaries that were made into the usage event and the metrics."""
     for response in responses:
         request.app.state.telemetry.summary(
             truncated=response.truncated, chunks=response.usage.chunks
         )
-    bills = [response.usage for response in responses]
+    # Nothing is cached: every summary is made by the model.
+    _note(request, truncated=sum(response.truncated for response in responses), cached=0)
+
+
+def _bill(request: Request, works: list[Work]) -> None:
+    """Put what the texts have cost into the usage event, however they ended."""
+    bills = [work.bill for work in works]
     _note(
         request,
+        chunks=sum(len(work.parts) for work in works),
         input_tokens=sum(bill.input_tokens for bill in bills),
         output_tokens=sum(bill.output_tokens for bill in bills),
-        chunks=sum(bill.chunks for bill in bills),
-        truncated=sum(response.truncated for response in responses),
-        cached=0,  # every summary is made by the model
         queue_ms=round(sum((bill.queue_ms for bill in bills), 0.0), 2),
         compute_ms=round(sum((bill.compute_ms for bill in bills), 0.0), 2),
+        estimated=any(bill.estimated for bill in bills) or None,
     )

@@ -31,6 +31,9 @@ class Telemetry(Protocol):
     def failed(self, error: ServiceError) -> None:
         """A text got no summary: the whole request's answer, or one of a batch."""
 
+    def rate_limited(self, limit: str) -> None:
+        """A request was refused for a limit of its client."""
+
     def usage_dropped(self, count: int) -> None:
         """So many usage events could not be kept. Called from any thread."""
 
@@ -68,6 +71,10 @@ class ServeTelemetry:
         """See `Telemetry.failed`."""
         if int(error.status) in _SHED:
             self._to.add("t5_shed_texts", 1, error.kind)
+
+    def rate_limited(self, limit: str) -> None:
+        """See `Telemetry.rate_limited`."""
+        self._to.add("t5_rate_limited", 1, limit)
 
     def usage_dropped(self, count: int) -> None:
         """See `Telemetry.usage_dropped`."""

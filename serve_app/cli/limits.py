@@ -1,4 +1,4 @@
-"""`t5-serve limits`: rate limits for the ingress, from what clients did."""
+"""`t5-serve limits`: limits of requests and tokens, from what clients did."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CLIENT = re.compile(r"[-._A-Za-z0-9]{1,64}")
 
 @click.group("limits")
 def command() -> None:
-    """Rate limits of the ingress.
+    """Rate limits: of requests, at the ingress, and of tokens, in the service.
 
     \b
     Example:
@@ -30,11 +30,10 @@ def _suggest(
 
     usage, _ = open_usage(logs, since, until)
     # Lines are input: a name that no token can have does not get into the chart's values.
-    arrivals = {
-        client: times for client, times in usage.arrivals().items() if _CLIENT.fullmatch(client)
-    }
+    arrivals = {name: calls for name, calls in usage.arrivals().items() if _CLIENT.fullmatch(name)}
+    work = {name: calls for name, calls in usage.work().items() if name in arrivals}
     try:
-        click.echo(values(arrivals, headroom), nl=False)
+        click.echo(values(arrivals, work, headroom), nl=False)
     except ValueError as error:
         raise CliError(str(error)) from None
 

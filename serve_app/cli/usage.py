@@ -229,7 +229,7 @@ def lines_of(logs: tuple[str, ...], tally: Tally) -> Iterator[Line]:
     "--dataset",
     default="t5_requests",
     show_default=True,
-    help="Where Cloud Logging's sink writes: NAME or PROJECT.NAME.",
+    help="Where the views go, and Cloud Logging's sink writes: NAME or PROJECT.NAME.",
 )
 @click.option(
     "--table",
@@ -240,21 +240,28 @@ def lines_of(logs: tuple[str, ...], tally: Tally) -> Iterator[Line]:
     help="Where its lines are: stdout for containers' output, else the log's id with _ for what is "
     "no letter or digit. May be given more than once.",
 )
-def sql(dataset: str, tables: tuple[str, ...]) -> None:
+@click.option(
+    "--source",
+    help="Dataset linked to a log bucket, to read in place of the sink's: NAME or PROJECT.NAME.",
+)
+def sql(dataset: str, tables: tuple[str, ...], source: str | None) -> None:
     """Print the BigQuery statements that make the views.
 
     \b
-    Example:
+    Examples:
       t5-serve usage sql | bq query --use_legacy_sql=false --project_id=PROJECT
+      t5-serve usage sql --source PROJECT.t5_request_logs
     """
     from serve_app.usage.views import BASE, REPORTS, view_sql
 
-    if re.fullmatch(r"([a-z][-a-z0-9:.]{4,62}\.)?[A-Za-z0-9_]{1,1024}", dataset) is None:
-        raise CliError(f"--dataset: must be NAME or PROJECT.NAME, is {dataset!r}")
+    for option, given in (("--dataset", dataset), ("--source", source)):
+        named = r"([a-z][-a-z0-9:.]{4,62}\.)?[A-Za-z0-9_]{1,1024}"
+        if given is not None and re.fullmatch(named, given) is None:
+            raise CliError(f"{option}: must be NAME or PROJECT.NAME, is {given!r}")
     for table in tables:
         if re.fullmatch(r"[A-Za-z0-9_]{1,1024}", table) is None:
             raise CliError(f"--table: must be letters, digits and _, is {table!r}")
-    statements = [view_sql(name, dataset, tables) for name in (*BASE, *REPORTS)]
+    statements = [view_sql(name, dataset, tables, source) for name in (*BASE, *REPORTS)]
     click.echo("\n".join(statements), nl=False)
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from serve_app.engine import native
 from serve_app.engine.checkpoint import Checkpoint, CheckpointError
-from serve_app.engine.protocol import BatchRan, Event, Finished, FinishReason, Tokens, Usage
+from serve_app.engine.protocol import BatchRan, Event, Finished, FinishReason, Tokens
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Advance, Plan, Runner
 from serve_app.engine.thread import EngineThread, broken, failure
@@ -140,6 +141,7 @@ class ContinuousEngine(EngineThread):
         now = time.monotonic()
         for advance in advances:
             entry = advance.entry
+            entry.made += advance.made
             if new := [token for token in advance.new if token != eos_id]:
                 yield Tokens(entry.request.id, new)
             if advance.output is None:
@@ -147,13 +149,7 @@ class ContinuousEngine(EngineThread):
             ids, reason = advance.output, FinishReason.MAX_NEW_TOKENS
             if ids and ids[-1] == eos_id:
                 ids, reason = ids[:-1], FinishReason.STOP
-            usage = Usage(
-                input_tokens=entry.tokens,
-                output_tokens=len(ids),
-                queue_ms=(entry.started - entry.arrived) * 1e3,
-                compute_ms=(now - entry.started) * 1e3,
-                encode_ms=(entry.encoded - entry.started) * 1e3,
-            )
+            usage = replace(entry.usage(now), output_tokens=len(ids))
             yield Finished(entry.request.id, ids, reason, usage)
 
     def _account(self, events: list[Event], seconds: float) -> None:

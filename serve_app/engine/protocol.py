@@ -86,10 +86,10 @@ class Usage:
     `encode_ms`, where the engine knows it, is the first part of `compute_ms`.
     """
 
-    input_tokens: int
-    output_tokens: int
-    queue_ms: float
-    compute_ms: float
+    input_tokens: int = 0
+    output_tokens: int = 0
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
     encode_ms: float | None = None
 
 
@@ -113,12 +113,12 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request is over and has no result. `compute_ms` it had spent in the model."""
+    """The request is over and has no result; `usage` is what it had cost by then."""
 
     id: str
     reason: FailureReason
     message: str
-    compute_ms: float = 0.0
+    usage: Usage = Usage()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from serve_app.engine.protocol import EngineRequest
+from serve_app.engine.protocol import EngineRequest, Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +17,8 @@ class Entry:
     arrived: float
     started: float = 0.0
     encoded: float = 0.0
-    streamed: int = 0  # output tokens already handed out
+    made: int = 0  # output tokens so far
+    streamed: int = 0  # of these, already handed out
     cancelled: bool = False
     over: bool = field(default=False)  # its last event has been emitted
 
@@ -27,14 +27,22 @@ class Entry:
         """Encoder input length."""
         return len(self.request.input_ids)
 
-    def computed_ms(self, now: float | None = None) -> float:
-        """Milliseconds in the model so far, 0 while it waits."""
-        return ((now or time.monotonic()) - self.started) * 1e3 if self.started else 0.0
-
     @property
     def origin(self) -> str:
         """Whose it is, for logs."""
         return self.request.origin or self.request.id
+
+    def usage(self, now: float) -> Usage:
+        """What it has cost so far. Who has not left the queue has only waited."""
+        if not self.started:
+            return Usage(queue_ms=(now - self.arrived) * 1e3)
+        return Usage(
+            input_tokens=self.tokens,
+            output_tokens=self.made,
+            queue_ms=(self.started - self.arrived) * 1e3,
+            compute_ms=(now - self.started) * 1e3,
+            encode_ms=(self.encoded - self.started) * 1e3 if self.encoded else None,
+        )
 
     def late(self, now: float) -> bool:
         """Whether the deadline has passed."""

@@ -147,10 +147,6 @@ class _Watch(StoppingCriteria):
         self._engine._stepped()
         now = time.monotonic()
         events: list[Event] = []
-        for entry in self._batch:
-            failed = None if entry.over else failure(entry, now)
-            if failed is not None:
-                events.append(failed)
         # Beams have no settled prefix until the search ends; greedy rows are final at once.
         if self._num_beams == 1:
             for row, entry in enumerate(self._batch):
@@ -160,6 +156,12 @@ class _Watch(StoppingCriteria):
                     if ids:
                         entry.streamed += len(ids)
                         events.append(Tokens(entry.request.id, ids))
+        # A request's end comes last of its events.
+        for entry in self._batch:
+            entry.made = input_ids.shape[1] - 1  # without the start token
+            failed = None if entry.over else failure(entry, now)
+            if failed is not None:
+                events.append(failed)
         self._engine._finish(events)
         gone = torch.tensor([entry.over for entry in self._batch], device=input_ids.device)
         rows = input_ids.shape[0] // len(self._batch)

@@ -271,7 +271,8 @@ def padded(batch: Sequence[Entry], pad_id: int, device: torch.device) -> tuple[T
 def broken(entry: Entry, error: Exception) -> Failed:
     """The end of a request that the engine failed on."""
     message = f"{type(error).__name__}: {error}"
-    return Failed(entry.request.id, FailureReason.ERROR, message, entry.computed_ms())
+    usage = entry.usage(time.monotonic())
+    return Failed(entry.request.id, FailureReason.ERROR, message, usage)
 
 
 def failure(entry: Entry, now: float) -> Failed | None:
@@ -282,4 +283,4 @@ def failure(entry: Entry, now: float) -> Failed | None:
         reason, message = FailureReason.DEADLINE, "the deadline has passed"
     else:
         return None
-    return Failed(entry.request.id, reason, message, entry.computed_ms(now))
+    return Failed(entry.request.id, reason, message, entry.usage(now))

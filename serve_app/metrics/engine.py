@@ -29,7 +29,8 @@ class EngineMetrics:
             self._to.observe("t5_compute_ms", event.usage.compute_ms)
         else:
             self._to.add("t5_engine_requests", 1, event.reason.value)
-            self._to.add("t5_lost_compute_seconds", event.compute_ms / 1e3, event.reason.value)
+            lost_s = event.usage.compute_ms / 1e3
+            self._to.add("t5_lost_compute_seconds", lost_s, event.reason.value)
 
     def rejected(self) -> None:
         """The queue was full."""

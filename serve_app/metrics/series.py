@@ -60,6 +60,8 @@ def _histogram(name: str, text: str, boundaries: tuple[float, ...], *labels: str
     return Series(name, Kind.HISTOGRAM, text, labels, boundaries)
 
 
+SPANS_DROPPED = _counter("t5_spans_dropped", "Spans that could not be sent to the collector.")
+
 API_SERIES = (
     _counter("t5_http_requests", "HTTP requests answered.", "http_route", "status"),
     _histogram(
@@ -74,6 +76,11 @@ API_SERIES = (
         "t5_shed_texts",
         "Texts refused for want of room (status 429 or 503), by the kind of problem.",
         "reason",
+    ),
+    _counter(
+        "t5_rate_limited",
+        "Requests refused for a limit of their client (`rate_limits`), by the limit.",
+        "limit",
     ),
     _counter("t5_usage_events_dropped", "Usage events that could not be kept."),
     _gauge(

@@ -40,8 +40,11 @@ class CallSpan:
         """The call is over; without an outcome, nobody waited for one. The first end counts."""
         if not self._span.is_recording():
             return
+        if isinstance(outcome, Finished | Failed):
+            self._spent(outcome.usage)
         if isinstance(outcome, Finished):
-            self._finished(outcome)
+            reasons = [_FINISH[outcome.reason]]
+            self._span.set_attribute("gen_ai.response.finish_reasons", reasons)
         else:
             kind = "cancelled"
             if outcome is not None:
@@ -51,12 +54,10 @@ class CallSpan:
                 self._span.set_status(StatusCode.ERROR)
         self._span.end()
 
-    def _finished(self, outcome: Finished) -> None:
-        usage = outcome.usage
+    def _spent(self, usage: Usage) -> None:
         told: dict[str, AttributeValue] = {
             "gen_ai.usage.input_tokens": usage.input_tokens,
             "gen_ai.usage.output_tokens": usage.output_tokens,
-            "gen_ai.response.finish_reasons": [_FINISH[outcome.reason]],
         }
         self._span.set_attributes(told)
         within = trace.set_span_in_context(self._span)
@@ -69,6 +70,8 @@ class CallSpan:
 def _phases(usage: Usage) -> Iterator[tuple[str, float, float]]:
     """Name, begin and end of what the engine did one after the other, in ms from its arrival."""
     yield "queue", 0.0, usage.queue_ms
+    if not usage.compute_ms:
+        return
     end = usage.queue_ms + usage.compute_ms
     if usage.encode_ms is None:
         yield "generate", usage.queue_ms, end

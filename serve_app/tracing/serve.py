@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve import metrics
 
 from serve_app.config import TracingSettings
+from serve_app.metrics.series import SPANS_DROPPED
 from serve_app.tracing.export import EXPORT_S, BoundedExport, make_provider
 
 
@@ -29,7 +30,4 @@ def span_processors() -> list[SpanProcessor]:
 
 
 def _count_drops() -> Callable[[int], None]:
-    dropped = metrics.Counter(
-        "t5_spans_dropped", description="Spans that could not be sent to the collector."
-    )
-    return dropped.inc
+    return metrics.Counter(SPANS_DROPPED.name, description=SPANS_DROPPED.text).inc

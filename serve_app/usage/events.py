@@ -3,8 +3,9 @@
 An event is one JSON line. Its names are snake_case, because Cloud Logging's export to BigQuery
 lower-cases them, and none ever changes its type, because that export then puts its rows aside.
 Version 0 is the log line of earlier releases, without `schema_version`; `sql/events.sql` reads all
-versions. There is no field for text, for a token, or for anything else that a client made up, other
-than its request id.
+versions. Until version 1, calls that ended in an error had neither tokens nor times of the engine.
+There is no field for text, for a token, or for anything else that a client made up, other than its
+request id.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # W3C Trace Context, section 3.2.2: version, trace id, parent id, flags.
 _TRACEPARENT = re.compile(
@@ -36,6 +37,7 @@ FACTS: dict[str, type] = {
     "on_overflow": str,
     "texts": int,
     "characters": int,
+    "asked_tokens": int,  # of its texts as first split: what rate limits weigh
     "input_tokens": int,
     "output_tokens": int,
     "chunks": int,
@@ -43,6 +45,7 @@ FACTS: dict[str, type] = {
     "cached": int,  # texts answered without the model
     "queue_ms": float,
     "compute_ms": float,
+    "estimated": bool,  # some of these are the Api's guess: an engine could not tell
 }
 
 

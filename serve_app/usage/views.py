@@ -15,12 +15,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve_app.usage.limits import Call
 from serve_app.usage.reader import Line
 
 if TYPE_CHECKING:
     import duckdb
 
 DATASET = "t5_requests"  # as the files write it
+_EXPORTED = f"TO_JSON(jsonPayload) AS line\n  FROM {DATASET}.stdout"  # how `events` reads lines
 BASE = ("events", "requests")
 REPORTS = (
     "overview",
@@ -53,17 +55,32 @@ class Table:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
-def view_sql(name: str, dataset: str = DATASET, tables: Sequence[str] = ("stdout",)) -> str:
+def view_sql(
+    name: str,
+    dataset: str = DATASET,
+    tables: Sequence[str] = ("stdout",),
+    source: str | None = None,
+) -> str:
     """The BigQuery statement that makes a view.
 
     Args:
         name: of `BASE` or `REPORTS`.
-        dataset: `NAME` or `PROJECT.NAME`.
+        dataset: where the views go, and where the sink's tables are: `NAME` or `PROJECT.NAME`.
         tables: those in it that have lines.
+        source: a dataset linked to a log bucket (Observability Analytics), whose lines to read in
+            place of the sink's.
     """
     text = (files("serve_app.usage") / "sql" / f"{name}.sql").read_text(encoding="utf-8")
     line = re.search(rf".*\n  FROM {DATASET}\.stdout\n", text)
-    if line is not None:
+    if line is not None and source is not None:
+        # https://cloud.google.com/logging/docs/analyze/query-and-view: the table of all log
+        # entries, in which a JSON payload is one column.
+        assert _EXPORTED in text
+        linked = (
+            f"json_payload AS line\n  FROM `{source}._AllLogs`\n  WHERE json_payload IS NOT NULL"
+        )
+        text = text.replace(_EXPORTED, linked)
+    elif line is not None:
         reads = (line[0].replace(".stdout", f".{table}") for table in tables)
         text = text.replace(line[0], "  UNION ALL\n".join(reads))
     if dataset == DATASET:
@@ -130,6 +147,24 @@ class Usage:
         for client, came in found.fetchall():
             arrivals.setdefault(client, []).append(came)
         return arrivals
+
+    def work(self) -> dict[str, list[Call]]:
+        """What each client's calls weighed and used, in order; refused ones used nothing.
+
+        Only calls whose text the service has seen. Lines of older versions do not say what a call
+        weighed when it came: its input tokens stand for that.
+        """
+        found = self._db.execute(
+            "SELECT client, epoch(time) - LEAST(COALESCE(total_ms, 0) / 1000, 86400) AS came, "  # noqa: S608
+            "epoch(time), COALESCE(asked_tokens, input_tokens), "
+            "COALESCE(input_tokens, 0) + COALESCE(output_tokens, 0) "
+            f"FROM {DATASET}.requests WHERE is_call AND client IS NOT NULL "
+            "AND COALESCE(asked_tokens, input_tokens) IS NOT NULL ORDER BY client, came"
+        )
+        work: dict[str, list[Call]] = {}
+        for client, *call in found.fetchall():
+            work.setdefault(client, []).append(Call(*call))
+        return work
 
     def _keep(self, since: datetime | None, until: datetime | None, client: str | None) -> None:
         """Put a table of the requests that were asked for in place of the view of all.

@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -112,10 +113,10 @@ def location(route: Object, policies: dict[str, Object]) -> str:
         if "rateLimit" in spec:
             limit = spec["rateLimit"]
             zone = policy["name"].replace("-", "_")
-            lines.append(
-                f"        limit_req_status {limit['rejectCode']};\n"
-                f"        limit_req zone={zone} burst={limit['burst']} nodelay;"
-            )
+            status = f"        limit_req_status {limit['rejectCode']};"
+            if status not in lines:
+                lines.append(status)
+            lines.append(f"        limit_req zone={zone} burst={limit['burst']} nodelay;")
         if "apiKey" in spec:
             lines.append(
                 '        set $apikey_auth_local_map "apikeys";\n'
@@ -127,19 +128,44 @@ def location(route: Object, policies: dict[str, Object]) -> str:
     return f"    location {path} {{\n" + "\n".join(lines) + "\n@UPSTREAM@    }\n"
 
 
-def configuration(release: Rendered, port: int, service: int, folder: Path, module: Path) -> str:
+def zone(name: str, limits: dict[str, Object]) -> str:
+    """A rate limit's zone. One with a condition counts only the requests that it is for."""
+    limit = limits[name]
+    key = limit["key"].replace("{", "").replace("}", "")
+    condition = limit.get("condition")
+    maps = ""
+    if condition is not None:
+        tiers = [one["condition"] for one in limits.values() if "condition" in one]
+        matches = [one["variables"][0]["match"] for one in tiers if not one.get("default")]
+        default, matching = (key, '""') if condition.get("default") else ('""', key)
+        if not condition.get("default"):
+            matches = [condition["variables"][0]["match"]]
+        cases = "".join(f'    "{match}" {matching};\n' for match in matches)
+        maps = f"map {key} ${name}_key {{\n    default {default};\n{cases}}}\n"
+        key = f"${name}_key"
+    return f"{maps}limit_req_zone {key} zone={name}:1m rate={limit['rate']};\n"
+
+
+def configuration(
+    release: Rendered,
+    port: int,
+    service: int,
+    folder: Path,
+    module: Path,
+    clients: dict[str, str] = KEYS,
+) -> str:
     spec = release.one("VirtualServer")["spec"]
     policies = {one["metadata"]["name"]: one["spec"] for one in release.all("Policy")}
     [upstream] = spec["upstreams"]
-    zones = "".join(
-        f"limit_req_zone {held['rateLimit']['key'].replace('{', '').replace('}', '')} "
-        f"zone={name.replace('-', '_')}:1m rate={held['rateLimit']['rate']};\n"
+    limits = {
+        name.replace("-", "_"): held["rateLimit"]
         for name, held in policies.items()
         if "rateLimit" in held
-    )
+    }
+    zones = "".join(zone(name, limits) for name in limits)
     keys = "".join(
         f'    "{hashlib.sha256(f"Bearer {token}".encode()).hexdigest()}" "{name}";\n'
-        for name, token in KEYS.items()
+        for name, token in clients.items()
     )
     pass_on = (
         f"        proxy_connect_timeout {upstream['connect-timeout']};\n"
@@ -205,6 +231,29 @@ def installed() -> tuple[str, Path]:
     return found, module.absolute()
 
 
+@contextmanager
+def running(program: str, text: str, port: int, folder: Path) -> Iterator[Path]:
+    """NGINX with this configuration, listening on this port; gives what it logs."""
+    (folder / "apikey_auth.js").write_text(NJS)
+    config, log = folder / "nginx.conf", folder / "stdout"
+    config.write_text(text)
+    with log.open("wb") as out, (folder / "stderr").open("wb") as errors:
+        process = subprocess.Popen(
+            [program, "-e", "stderr", "-c", config], stdout=out, stderr=errors
+        )
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (folder / "stderr").read_text()
+            time.sleep(0.05)
+        yield log
+    finally:
+        process.terminate()
+        process.wait()
+
+
 @pytest.fixture
 def edge(render: Callable[..., Rendered], tmp_path: Path) -> Iterator[Edge]:
     program, module = installed()
@@ -216,28 +265,15 @@ def edge(render: Callable[..., Rendered], tmp_path: Path) -> Iterator[Edge]:
     thread = threading.Thread(target=service.serve_forever, daemon=True)
     thread.start()
     port = free_port()
-    (tmp_path / "apikey_auth.js").write_text(NJS)
     text = configuration(render(values), port, service.server_port, tmp_path, module)
-    config = tmp_path / "nginx.conf"
-    config.write_text(text)
-    log = tmp_path / "stdout"
-    with log.open("wb") as out, (tmp_path / "stderr").open("wb") as errors:
-        process = subprocess.Popen(
-            [program, "-e", "stderr", "-c", config], stdout=out, stderr=errors
-        )
+    base = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, (tmp_path / "stderr").read_text()
-            time.sleep(0.05)
-        base = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=base, headers={"Host": "summarize.example.com"}) as client:
+        with (
+            running(program, text, port, tmp_path) as log,
+            httpx.Client(base_url=base, headers={"Host": "summarize.example.com"}) as client,
+        ):
             yield Edge(client, log, service.server_close)
     finally:
-        process.terminate()
-        process.wait()
         service.shutdown()
         thread.join()
         service.server_close()

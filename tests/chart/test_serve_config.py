@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from serve_app.config import ServiceSettings
-from tests.chart.conftest import CHART, INGRESS, ROOT, Object, Rendered
+from tests.chart.conftest import CHART, INGRESS, ROOT, Helm, Object, Rendered
 
 Render = Callable[..., Rendered]
 
@@ -169,6 +169,47 @@ def test_every_value_reaches_the_arguments(render: Render) -> None:
     for section, held in sent.items():
         for key, value in held.items():
             assert settings[section][key] == value, f"{section}.{key}"
+
+
+def test_rate_limits_reach_the_api_and_a_change_restarts_nothing(render: Render) -> None:
+    limits: Object = {
+        "enabled": True,
+        "tokens_per_minute": 16_777_217,
+        "burst_tokens": 123_456_789,
+        "concurrent_requests": 7,
+        "tiers": [
+            {
+                "name": "gold",
+                "match": "web-shop|job[.]nightly",
+                "tokens_per_minute": 0,
+                "burst_tokens": 1_000_003,
+                "concurrent_requests": 9,
+            }
+        ],
+    }
+    before, after = render(), render({"rate_limits": limits})
+    sent = after.deployment("Api")["user_config"]["rate_limits"]
+    assert ServiceSettings.model_validate({"rate_limits": sent}).rate_limits.model_dump() == limits
+    # Serve restarts replicas for other arguments, not for another user_config.
+    assert after.arguments == before.arguments
+    assert before.deployment("Api")["user_config"]["rate_limits"]["enabled"] is False
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"tokens": 5}, "tokens"),
+        ({"tokens_per_minute": -1}, "/rate_limits/tokens_per_minute"),
+        ({"burst_tokens": 0}, "/rate_limits/burst_tokens"),
+        ({"tiers": [{"name": "x", "match": "a"}]}, "tokens_per_minute"),
+        (
+            {"tiers": [{"name": "X", "match": "a", "tokens_per_minute": 1, "burst_tokens": 1}]},
+            "/rate_limits/tiers/0/name",
+        ),
+    ],
+)
+def test_wrong_rate_limits_are_refused(helm: Helm, limits: Object, said: str) -> None:
+    assert said in helm.refuse({"rate_limits": limits})
 
 
 def test_serve_knows_every_key(ci_release: Rendered) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,10 @@ from fastapi import FastAPI
 from serve_app.api.app import create_app
 from serve_app.api.auth import Authenticate
 from serve_app.api.backend import finished
+from serve_app.api.limiter import RateLimiter
 from serve_app.api.service import SummaryService
 from serve_app.calls import Call, Outcome, Probe, Rejected
-from serve_app.config import ApiSettings, Limits
+from serve_app.config import ApiSettings, Limits, RateLimitSettings
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.client import EngineClient
 from serve_app.engine.protocol import EngineRequest, Finished, QueueFullError, Tokens
@@ -59,6 +60,7 @@ class Recorded:
     in_flight: Counter[str] = field(default_factory=Counter)
     bills: list[tuple[str, int, int, int]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
 
     def request(self, route: str, status: int, milliseconds: float) -> None:
         assert milliseconds >= 0
@@ -76,6 +78,9 @@ class Recorded:
 
     def failed(self, error: ServiceError) -> None:
         self.failures.append(error.kind)
+
+    def rate_limited(self, limit: str) -> None:
+        self.refusals.append(limit)
 
     def usage_dropped(self, count: int) -> None:
         raise AssertionError("nothing here writes usage events")
@@ -101,13 +106,17 @@ async def local_app(
     authenticate: Authenticate = lambda _request: "tester",
     max_input_tokens: int | None = None,
     usage: UsageSink | None = None,
+    rate_limits: dict[str, Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[Local]:
     """The application with these limits, and an HTTP client for it."""
     said = Limits(**(limits or {}))
     backend = LocalBackend(client, said)
     service = SummaryService(checkpoint, backend, said, ApiSettings(), max_input_tokens)
     telemetry = Recorded()
-    app = create_app(service, authenticate, telemetry, ApiSettings(), usage=usage)
+    settings = RateLimitSettings(enabled=rate_limits is not None, **(rate_limits or {}))
+    limiter = RateLimiter(settings, telemetry.rate_limited, clock)
+    app = create_app(service, authenticate, telemetry, ApiSettings(), limiter=limiter, usage=usage)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as http:
         yield Local(app, http, backend, telemetry, service)

@@ -92,6 +92,7 @@ def test_json_has_the_rows_with_times_in_rfc_3339(logs: Path) -> None:
         "hour": "2026-11-23T02:00:00Z",
         "client": "nightly",
         "over_rate": 0,
+        "over_limits": 0,
         "queue_full": 6,
         "calls": 6,
     }
@@ -196,6 +197,7 @@ def test_an_empty_page(tmp_path: Path) -> None:
         (["--json", "--html", "x", "--logs", "-"], "not both"),
         (["--html", "/nonexistent/x.html", "--logs", "-"], "/nonexistent/x.html: No such file"),
         (["sql", "--dataset", "x; DROP"], "--dataset: must be NAME or PROJECT.NAME"),
+        (["sql", "--source", "a`b"], "--source: must be NAME or PROJECT.NAME, is 'a`b'"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], said: str) -> None:
@@ -234,6 +236,13 @@ def test_sql_is_what_bigquery_takes() -> None:
     assert "t5_requests" not in done.stdout
     # Each view after those it reads.
     assert done.stdout.index("logs.events`") < done.stdout.index("logs.requests`")
+
+
+def test_sql_of_a_linked_dataset_names_it_once_and_no_table_of_a_sink() -> None:
+    said = usage("sql", "--source", "my-project.request_logs").stdout
+    assert said.count("`my-project.request_logs._AllLogs`") == 1
+    assert "stdout" not in said
+    assert len([one for one in sqlglot.parse(said, read="bigquery") if one]) == 12
 
 
 def test_nothing_from_a_line_steers_the_terminal() -> None:

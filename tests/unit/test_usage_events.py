@@ -150,12 +150,13 @@ async def test_a_request_is_one_event(app: Recorded) -> None:
     assert await app.post(body, **{"X-Request-Id": "mine", "traceparent": trace}) == 200
     [found] = app.events()
     assert {name: found[name] for name in found if name not in ("time", "total_ms")} == {
-        "severity": "INFO", "message": "request", "schema_version": 1, "source": "service",
+        "severity": "INFO", "message": "request", "schema_version": 2, "source": "service",
         "request_id": "mine", "trace_id": TRACE, "client": "web-shop", "method": "POST",
         "route": "/v1/summarize", "status": 200, "model": "demo",
         "model_revision": found["model_revision"], "num_beams": 2, "max_new_tokens": 20,
         "length_words": 9, "stream": False, "on_overflow": "map_reduce", "texts": 1,
-        "characters": len(SECRET), "input_tokens": found["input_tokens"],
+        "characters": len(SECRET), "asked_tokens": found["input_tokens"],
+        "input_tokens": found["input_tokens"],
         "output_tokens": found["output_tokens"], "chunks": 1, "truncated": 0, "cached": 0,
         "queue_ms": found["queue_ms"], "compute_ms": found["compute_ms"], "replica": "a",
         "request_bytes": len(json.dumps(body, separators=(",", ":"))),
@@ -236,7 +237,10 @@ async def test_a_reader_that_leaves_its_stream_is_told_from_one_that_stays(
         (200, "client-closed"),
         (200, None),
     ]
-    assert "output_tokens" not in events[0]
+    left, stayed = events
+    assert left["input_tokens"] > 0
+    assert left["compute_ms"] > 0
+    assert left["output_tokens"] < stayed["output_tokens"]
 
 
 @pytest.mark.anyio

@@ -8,9 +8,11 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 import sqlglot
 
+from serve_app.usage.events import SCHEMA_VERSION
 from serve_app.usage.reader import Tally, read_files
 from serve_app.usage.views import BASE, REPORTS, Usage, question, view_sql
 from tests.unit.usage_day import MONDAY, Day
@@ -115,20 +117,21 @@ def test_auth_failures(usage: Usage) -> None:
 
 def test_throttled_calls(usage: Usage) -> None:
     assert usage.report("throttled_calls").rows == [
-        # hour, client, over its rate, queue full, both
-        (at(2), "nightly", 0, 6, 6),
-        (at(12), "web-shop", 10, 0, 10),
+        # hour, client, over NGINX's rate, over the service's limits, queue full, all
+        (at(2), "nightly", 0, 0, 6, 6),
+        (at(12), "web-shop", 10, 0, 0, 10),
     ]
 
 
 def test_rate_limit_candidates(usage: Usage) -> None:
     # web-shop: 480 minutes with 2 calls, but 12 at noon, and those at 7 and 8 o'clock.
-    # nightly: 60 minutes with a call, and one with 5.
+    # nightly: 60 minutes with a call, and one with 5. A call of web-shop or late uses 100 + 20
+    # tokens, one of nightly 500 + 100.
     assert usage.report("rate_limit_candidates").rows == [
-        # client, calls, active minutes, peak, peak minute, p95, throttled, share
-        ("web-shop", 973, 482, 12, at(12), 2.0, 10, 0.0103),
-        ("nightly", 65, 61, 5, at(6), 1.0, 6, 0.0923),
-        ("late", 2, 2, 1, at(23, 59), 1.0, 0, 0.0),
+        # client, calls, active minutes, peak, its minute, p95, the same of tokens, throttled, share
+        ("web-shop", 973, 482, 12, at(12), 2.0, 240, 240.0, 10, 0.0103),
+        ("nightly", 65, 61, 5, at(6), 1.0, 600, 600.0, 6, 0.0923),
+        ("late", 2, 2, 1, at(23, 59), 1.0, 120, 120.0, 0, 0.0),
     ]
 
 
@@ -265,12 +268,90 @@ def test_yesterdays_lines_are_read(tmp_path: Path) -> None:
     assert seen["a"]["time"] == datetime(2026, 11, 22, 10, tzinfo=UTC)
 
 
+# Recorded from the releases that wrote them: the same eight calls.
+RECORDED = Path(__file__).with_name("usage_lines")
+
+
+def recorded(version: int) -> list[dict[str, Any]]:
+    lines = (RECORDED / f"version-{version}.jsonl").read_text().splitlines()
+    assert {json.loads(line).get("schema_version", 0) for line in lines} == {version}
+    return [json.loads(line) for line in lines]
+
+
+def test_the_last_recorded_version_is_todays() -> None:
+    versions = sorted(int(path.stem.partition("-")[2]) for path in RECORDED.iterdir())
+    assert versions == list(range(SCHEMA_VERSION + 1))
+
+
+@pytest.mark.parametrize("version", range(SCHEMA_VERSION + 1))
+def test_recorded_lines_of_each_version_give_the_same_answers(version: int, tmp_path: Path) -> None:
+    lines = recorded(version)
+    (tmp_path / "lines.log").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    usage = read(tmp_path)
+    [day] = {date.fromisoformat(line["time"][:10]) for line in lines}
+    assert usage.report("calls_per_client_day").rows == [
+        # day, client, calls, succeeded, failed, texts. A batch of 2.
+        (day, "shop", 4, 3, 1, 4),
+        (day, "job", 3, 2, 1, 4),
+        (day, "-", 1, 0, 1, 1),
+    ]
+    rows = {row["request_id"]: row for row in usage.report("requests").records()}
+    assert [rows[f"old-{number}"]["error_type"] for number in range(1, 9)] == [
+        None, None, None, None, None, "invalid", "unauthorized", "deadline",
+    ]  # fmt: skip
+    # The failed call's cost is known since version 2.
+    late = rows["old-8"]
+    assert (late["input_tokens"], bool(late["compute_ms"])) == (
+        (None, False) if version < 2 else (40, True)
+    )
+    assert all(row["total_ms"] > 0 for row in rows.values())
+    [overview] = usage.report("overview").records()
+    good = (40, 549, 96, 81, 40)
+    assert overview["input_tokens"] == sum(good) + (40 if version >= 2 else 0)
+    assert sum(row["truncated"] or 0 for row in rows.values()) == 1
+    for name in REPORTS:
+        assert (usage.report(name).rows == []) == (name == "throttled_calls"), name
+
+
+def test_a_linked_dataset_gives_what_the_sink_gives() -> None:
+    """The table of Observability Analytics, in the columns that its schema has."""
+    db = duckdb.connect()
+    db.execute("SET TimeZone = 'UTC'; CREATE SCHEMA request_logs; CREATE SCHEMA t5_requests")
+    db.execute(
+        "CREATE TABLE request_logs._AllLogs (timestamp TIMESTAMPTZ, severity VARCHAR, "
+        "insert_id VARCHAR, log_name VARCHAR, resource STRUCT(type VARCHAR, labels JSON), "
+        "text_payload VARCHAR, json_payload JSON)"
+    )
+    day = Day()
+    for number, text in enumerate([*day.service, *day.nginx]):
+        payload = json.loads(text)
+        # Special fields leave the payload.
+        row = [payload.pop("time"), payload.pop("severity"), str(number), "stdout"]
+        db.execute(
+            "INSERT INTO request_logs._AllLogs VALUES (?, ?, ?, ?, "
+            "{'type': 'k8s_container', 'labels': '{}'}, NULL, ?)",
+            [*row, json.dumps(payload)],
+        )
+    db.execute(
+        "INSERT INTO request_logs._AllLogs "
+        "VALUES (now(), 'INFO', 'x', 'stdout', NULL, 'text', NULL)"
+    )
+    for name in (*BASE, *REPORTS):
+        text = view_sql(name, source="request_logs")
+        [statement] = sqlglot.transpile(text, read="bigquery", write="duckdb")
+        db.execute(statement)
+    [calls] = db.execute("SELECT calls, input_tokens FROM t5_requests.overview").fetchall()
+    assert calls == (1057, 123_200)
+    found = db.execute("SELECT client, calls FROM t5_requests.top_clients").fetchall()
+    assert found == [("web-shop", 973), ("nightly", 65), ("-", 17), ("late", 2)]
+
+
 def test_tomorrows_lines_are_read(tmp_path: Path) -> None:
     line = json.loads(Day().service[1])
-    line |= {"schema_version": 2, "new_field": {"deep": [1]}, "another": "x"}
+    line |= {"schema_version": 99, "new_field": {"deep": [1]}, "another": "x"}
     (tmp_path / "usage-1.jsonl").write_text(json.dumps(line) + "\n")
     [row] = read(tmp_path).report("requests").records()
-    assert (row["schema_version"], row["client"], row["input_tokens"]) == (2, "nightly", 500)
+    assert (row["schema_version"], row["client"], row["input_tokens"]) == (99, "nightly", 500)
 
 
 def test_a_field_of_another_type_is_unknown_and_spoils_nothing(tmp_path: Path) -> None:
@@ -325,6 +406,13 @@ def test_every_view_has_a_test_here() -> None:
     for name in REPORTS:
         assert f"test_{name}" in globals()
         assert question(name).endswith(("?", "."))
+
+
+def test_the_docs_have_a_command_and_a_query_for_each_report() -> None:
+    text = (SQL[0].parents[3] / "docs" / "usage.md").read_text()
+    for name in REPORTS:
+        command = "t5-serve usage" + f" {name.replace('_', '-')}" * (name != "overview")
+        assert f"| `{command}` | `SELECT * FROM t5_requests.{name}` |" in text, name
 
 
 def test_a_dataset_of_another_name() -> None:

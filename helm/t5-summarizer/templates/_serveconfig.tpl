@@ -7,7 +7,7 @@
 {{- end -}}
 
 {{/*
-Serve's configuration. Replicas, autoscaling, queues and health stand under `deployments`, not
+Serve's configuration. Replicas, autoscaling, queues, health and rate limits stand under `deployments`, not
 among the application's `args`: Serve takes changes there without touching a replica, while any
 change of `args` replaces them all.
 */}}
@@ -59,6 +59,9 @@ applications:
         max_queued_requests: {{ int64 $api.max_queued_requests }}
         backpressure_config:
           {{- include "t5.settings" $api.backpressure_config | nindent 10 }}
+        user_config:
+          rate_limits:
+            {{- include "t5.settings" .Values.rate_limits | nindent 12 }}
         {{- include "t5.lifecycle" (dict "root" . "config" $api) | nindent 8 }}
       - name: Summarizer
         autoscaling_config:

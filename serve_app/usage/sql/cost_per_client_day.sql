@@ -1,4 +1,4 @@
--- What does each client cost a day? Seconds in the model are those its calls took, in batches they
+-- What does each client cost a day? Calls that failed count with what they had used by then. Seconds in the model are those its calls took, in batches they
 -- shared with others: for shares of a bill, not to be added up to the time that GPUs ran.
 CREATE OR REPLACE VIEW t5_requests.cost_per_client_day AS
 WITH clients AS (

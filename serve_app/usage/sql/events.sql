@@ -36,6 +36,9 @@ fields AS (
     JSON_VALUE(line, '$.on_overflow') AS on_overflow,
     SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.texts') AS FLOAT64) AS INT64) AS texts,
     SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.characters') AS FLOAT64) AS INT64) AS characters,
+    -- Since version 2; before, calls that ended in an error had no tokens or times of the engine.
+    SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.asked_tokens') AS FLOAT64) AS INT64) AS asked_tokens,
+    SAFE_CAST(JSON_VALUE(line, '$.estimated') AS BOOL) AS estimated,
     SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.input_tokens') AS FLOAT64) AS INT64) AS input_tokens,
     SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.output_tokens') AS FLOAT64) AS INT64) AS output_tokens,
     SAFE_CAST(SAFE_CAST(JSON_VALUE(line, '$.chunks') AS FLOAT64) AS INT64) AS chunks,
