@@ -127,7 +127,7 @@ async def test_slots_and_progress_are_told(
     # Nobody waited for them any more; what they had cost is known all the same.
     failed = [event for event in seen if isinstance(event, Failed)]
     assert {event.reason for event in failed} == {FailureReason.CANCELLED}
-    computed = sorted(event.compute_ms for event in failed)
+    computed = sorted(event.usage.compute_ms for event in failed)
     assert computed[0] == 0  # one never left the queue
     assert computed[-1] > 0
 
