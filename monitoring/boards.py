@@ -380,7 +380,7 @@ CLIENTS = Board(
                         f"topk(10, sum by (client) (rate(ray_t5_client_requests_total{{S}}{_R})))",
                         "{{client}}",
                     ),
-                    width=12,
+                    width=8,
                 ),
                 graph(
                     "Refused or failed",
@@ -390,7 +390,14 @@ CLIENTS = Board(
                         f'ray_t5_client_requests_total{{S,status!="2xx"}}{_R})))',
                         "{{client}} {{status}}",
                     ),
-                    width=12,
+                    width=8,
+                ),
+                graph(
+                    "Refused for a limit",
+                    "reqps",
+                    (f"sum by (limit) (rate(ray_t5_rate_limited_total{{S}}{_R}))", "{{limit}}"),
+                    text="Of the service's own limits (`rate_limits`), not the ingress's.",
+                    width=8,
                 ),
                 graph(
                     "In flight",

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from serve_app.config import ServiceSettings
-from serve_app.usage.limits import values
+from serve_app.config import RateLimitSettings, ServiceSettings
+from serve_app.usage.limits import Call, values
 from tests.chart.conftest import INGRESS, Object, Rendered
 from tests.chart.schemas import available, problems
 
@@ -80,16 +80,27 @@ def test_the_cluster_takes_a_sidecar(render: Render) -> None:
 
 def test_the_chart_takes_suggested_limits(render: Render) -> None:
     busy = [minute * 60 + second for minute in range(30) for second in range(0, 60, 2)]
-    suggested = yaml.safe_load(
-        values({"a": [0.0, 60.0], "b.c": [*map(float, busy)], "d": [0.0]}, 1.5)
-    )
+    arrivals = {"a": [0.0, 60.0], "b.c": [*map(float, busy)], "d": [0.0]}
+    work = {
+        client: [Call(at, at + 1, asked=90, used=100) for at in times]
+        for client, times in arrivals.items()
+    }
+    suggested = yaml.safe_load(values(arrivals, work, 1.5))
     suggested["ingress"] |= INGRESS["ingress"]
+    release = render(suggested)
     policies = {
         one["metadata"]["name"].removeprefix("t5-t5-summarizer-"): one["spec"]["rateLimit"]
-        for one in render(suggested).all("Policy")
+        for one in release.all("Policy")
         if "rateLimit" in one["spec"]
     }
     assert policies["rate"]["rate"] == "2r/m"
     assert policies["rate-r50-b1"]["rate"] == "50r/m"
     [condition] = policies["rate-r50-b1"]["condition"]["variables"]
     assert condition["match"] == r"~^(?:b[.]c)(?:\.[0-9a-f]{8})?$"
+    # Half as much again as 100 tokens a minute, and as the 90 of one call; b.c. has 3,000 a minute.
+    sent = release.deployment("Api")["user_config"]["rate_limits"]
+    limits = RateLimitSettings.model_validate(sent)
+    assert limits.enabled
+    assert (limits.tokens_per_minute, limits.burst_tokens) == (200, 200)
+    [tier] = limits.tiers
+    assert (tier.tokens_per_minute, tier.burst_tokens) == (5_000, 200)

@@ -71,6 +71,7 @@ class Load:
         with ThreadPoolExecutor(12) as pool:
             working = [pool.submit(self._summaries, at) for at in range(8)]
             working += [pool.submit(self._others), pool.submit(self._impatient)]
+            working.append(pool.submit(self._greedy))
             try:
                 yield
             finally:
@@ -108,6 +109,12 @@ class Load:
                     next(one.iter_bytes(), None)
                 client.post("/v1/summarize", json={**body, "timeout_s": 0.2})
 
+    def _greedy(self) -> None:
+        """Who has had all tokens that are its own."""
+        with self._client("greedy") as client:
+            while not self._stop.wait(0.5):
+                client.post("/v1/summarize", json={"text": texts(1)[0], "max_new_tokens": 8})
+
 
 @pytest.fixture
 def loaded(deploy: Deploy) -> Iterator[Service]:
@@ -119,6 +126,13 @@ def loaded(deploy: Deploy) -> Iterator[Service]:
         engine={"max_waiting_requests": 3, "max_batch_size": 3},
         replicas={"min": 0, "max": 1, "target_ongoing_requests": 1, "health_check_period_s": 1},
         usage={"queue_size": 1},
+        rate_limits={
+            "enabled": True,
+            "tokens_per_minute": 0,
+            "tiers": [
+                {"name": "few", "match": "greedy", "tokens_per_minute": 1, "burst_tokens": 1}
+            ],
+        },
     )
     yield service
     serve.delete("t5-serve")

@@ -19,7 +19,15 @@ from tests.integration.conftest import Deploy, Service, until
 from tests.texts import long_text, texts
 
 TEXT = texts(1)[0]
-ENDLESS = {"text": TEXT, "min_new_tokens": 512, "max_new_tokens": 512}
+# More than any machine decodes before a client of these tests has gone.
+STEPS = 8_000
+ENDLESS = {"text": TEXT, "min_new_tokens": STEPS, "max_new_tokens": STEPS}
+
+
+@pytest.fixture(scope="module")
+def endless(deploy: Deploy) -> Service:
+    """Takes requests for so many tokens, one at a time."""
+    return deploy("slow", "/slow", engine={"speculation": False}, limits={"max_new_tokens": STEPS})
 
 
 def test_health_and_readiness_need_no_token(service: Service) -> None:
@@ -157,44 +165,38 @@ def test_errors_found_before_the_stream_have_a_status(service: Service) -> None:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_client_that_leaves_stops_the_engine(service: Service, streaming: bool) -> None:
-    service.idle()
-    before = service.probe().load.steps
+def test_a_client_that_leaves_stops_the_engine(endless: Service, streaming: bool) -> None:
+    endless.idle()
+    before = endless.probe().load.steps
     body = {**ENDLESS, "stream": streaming}
-    with service.client() as client:
+    with endless.client() as client:
         if streaming:
-            with connect_sse(client, "POST", f"{service.url}/v1/summarize", json=body) as source:
+            with connect_sse(client, "POST", f"{endless.url}/v1/summarize", json=body) as source:
                 events = source.iter_sse()
                 while next(events).event != "delta":
                     pass
         else:
             with pytest.raises(httpx.ReadTimeout):
-                client.post(f"{service.url}/v1/summarize", json=body, timeout=0.7)
-    service.idle()
-    stopped = service.probe().load.steps - before
-    assert 0 < stopped < 512
-    again = service.probe().load.steps - before
+                client.post(f"{endless.url}/v1/summarize", json=body, timeout=0.7)
+    endless.idle()
+    stopped = endless.probe().load.steps - before
+    assert 0 < stopped < STEPS
+    again = endless.probe().load.steps - before
     assert again == stopped
 
 
-def test_a_deadline_is_kept(service: Service) -> None:
-    service.idle()
-    before = service.probe().load.steps
-    answer = service.post("/v1/summarize", {**ENDLESS, "timeout_s": 0.5})
+def test_a_deadline_is_kept(endless: Service) -> None:
+    endless.idle()
+    before = endless.probe().load.steps
+    answer = endless.post("/v1/summarize", {**ENDLESS, "timeout_s": 0.5})
     assert answer.status_code == 408
     assert answer.json()["type"] == "urn:t5-serve:problem:deadline"
-    service.idle()
-    assert service.probe().load.steps - before < 512
+    endless.idle()
+    assert endless.probe().load.steps - before < STEPS
 
 
-def test_a_deadline_in_a_stream_is_an_error_event(deploy: Deploy) -> None:
-    # 512 tokens take less than a second: so much longer, and one at a time.
-    many = 4_000
-    service = deploy(
-        "slow", "/slow", engine={"speculation": False}, limits={"max_new_tokens": many}
-    )
-    endless = {"text": TEXT, "min_new_tokens": many, "max_new_tokens": many}
-    events = stream(service, {**endless, "timeout_s": 1.5, "stream": True})
+def test_a_deadline_in_a_stream_is_an_error_event(endless: Service) -> None:
+    events = stream(endless, {**ENDLESS, "timeout_s": 1.5, "stream": True})
     name, data = events[-1]
     assert name == "error"
     assert data["status"] == 408
