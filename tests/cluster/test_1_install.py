@@ -83,12 +83,9 @@ def test_the_dashboard_asks_for_rays_token(release: Release) -> None:
 @pytest.fixture(scope="module")
 def crds(release: Release) -> bool:
     """Of what the chart makes besides; whether the ingress controller's are among them."""
-    kubectl(
-        "apply",
-        "--server-side",
-        "--filename",
-        ROOT / ".tools" / "schemas" / "monitoring.coreos.com_podmonitors.yaml",
-    )
+    for kind in ("podmonitors", "prometheusrules"):
+        definition = ROOT / ".tools" / "schemas" / f"monitoring.coreos.com_{kind}.yaml"
+        kubectl("apply", "--server-side", "--filename", definition)
     if NGINX_CRDS.is_dir():
         kubectl("apply", "--server-side", "--filename", NGINX_CRDS)
     kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
