@@ -101,8 +101,7 @@ def running(settings: ServiceSettings, host: str, port: int) -> Iterator[tuple[A
         CliError: it did not start.
     """
     access = _access(settings, host, port)
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_ray_environment()
     signals = Signals()
     signals.install()
     with no_process_left(signals, _stop):
@@ -110,6 +109,12 @@ def running(settings: ServiceSettings, host: str, port: int) -> Iterator[tuple[A
         _deploy(settings, host, port, local)
         _check(access, local)
         yield access, local
+
+
+def set_ray_environment() -> None:
+    """What a Ray started here takes from the environment, some of it when it is imported."""
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _access(settings: ServiceSettings, host: str, port: int) -> Access:

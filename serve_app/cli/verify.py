@@ -110,9 +110,14 @@ def _verify(**options: Any) -> int:
     except ImportError:
         raise CliError("tune needs aiohttp and numba: pip install 't5-serve[tune]'") from None
     from serve_app.cli.tune import told as settings_told
-    from serve_app.tuning.verify_report import page, record, text
 
     _check(options)
+    if options["url"] is None:
+        from serve_app.cli.service import set_ray_environment
+
+        set_ray_environment()  # before anything imports Ray
+    from serve_app.tuning.verify_report import page, record, text
+
     model, scaling, platform = settings_told(options)
     plan, told = _plan(options, platform.deadline_s)
     service = _service(options, scaling, platform)
