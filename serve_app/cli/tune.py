@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serve_app.cli.errors import CliError, settings_message
+from serve_app.cli.explain import command as explain
 from serve_app.cli.loads import load_options, named_load, option, usage_trace
 from serve_app.cli.profiling import profiled
 from serve_app.cli.verify import command as verify
@@ -199,6 +200,7 @@ Examples:
 
 
 command.add_command(verify)
+command.add_command(explain)
 
 
 @command.command("profile")

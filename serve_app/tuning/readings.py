@@ -139,9 +139,7 @@ def from_prometheus(
     return Readings(window_s, found, tuple(missing))
 
 
-def _asked(
-    client: httpx.Client, url: str, path: str, parameters: Mapping[str, Any]
-) -> list[float]:
+def _asked(client: httpx.Client, url: str, path: str, parameters: Mapping[str, Any]) -> list[float]:
     address = f"{url.rstrip('/')}/api/v1/{path}"
     try:
         body = client.get(address, params=dict(parameters)).json()
