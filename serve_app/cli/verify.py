@@ -353,7 +353,7 @@ def _compare(
     what += [f"{name}: failed, {kind}: {count:,}" for kind, count in measured.errors.items()]
     if replayed.replicas is not None and replayed.replicas.unseen:
         what.append(f"{name}: {replayed.replicas.unseen} looks at the replicas had no answer")
-    return compare(name, plan, replayed, measured, simulated)
+    return compare(name, plan, replayed, measured, simulated, fitted.overhead_s)
 
 
 async def _after(seconds: float, then: Callable[[], Any]) -> Any:

@@ -48,6 +48,8 @@ class Figures:
     Attributes:
         attainment: share of all requests that succeeded within the objective.
         goodput: these per second of the load.
+        wait_s, engine_s, outside_s: of the mean latency, what was spent in queues, at work in the
+            engine, and neither.
         replicas_mean, replicas_max: running ones; None: not seen.
     """
 
@@ -58,6 +60,9 @@ class Figures:
     p99_s: float | None
     attainment: float
     goodput: float
+    wait_s: float | None
+    engine_s: float | None
+    outside_s: float | None
     replicas_mean: float | None
     replicas_max: int | None
 
@@ -205,13 +210,17 @@ def compare(
     replayed: Replayed,
     measured: Measured,
     simulated: Sequence[tuple[Simulated, float]],
+    overhead_s: float,
 ) -> Comparison:
-    """Both sides' figures and what lies between them."""
+    """Both sides' figures and what lies between them. `overhead_s` is the simulated model's."""
     seconds = plan.duration_s
     live_steps = _seen(replayed.replicas)
     lines = [_line(one, lead) for one, lead in simulated]
-    sides = [_simulated(one, line, plan) for (one, _), line in zip(simulated, lines, strict=True)]
-    live = _live(plan, measured, live_steps)
+    sides = [
+        _simulated(one, line, plan, overhead_s)
+        for (one, _), line in zip(simulated, lines, strict=True)
+    ]
+    live = _live(plan, measured, replayed.answers, live_steps)
     middle = _median(sides)
     p95s = [side.p95_s for side in sides if side.p95_s is not None]
     return Comparison(
@@ -253,10 +262,15 @@ def _replicas(line: Steps, seconds: float) -> tuple[float, int]:
     return float((running * np.diff(edges)).sum() / seconds), int(running.max())
 
 
-def _live(plan: Plan, measured: Measured, line: Steps | None) -> Figures:
+def _live(plan: Plan, measured: Measured, answers: Answers, line: Steps | None) -> Figures:
     mean, most = (None, None) if line is None else _replicas(line, plan.duration_s)
     latency = measured.latency.quantiles
     attainment = measured.attainment or 0.0
+    known = ~np.isnan(answers.compute_s)
+    parts: list[float | None] = [None, None, None]
+    if known.any() and measured.latency.mean is not None:
+        wait, engine = float(answers.queue_s[known].mean()), float(answers.compute_s[known].mean())
+        parts = [wait, engine, measured.latency.mean - wait - engine]
     return Figures(
         requests=measured.planned,
         succeeded=measured.succeeded,
@@ -265,25 +279,35 @@ def _live(plan: Plan, measured: Measured, line: Steps | None) -> Figures:
         p99_s=latency["p99"],
         attainment=attainment,
         goodput=attainment * measured.planned / plan.duration_s,
+        wait_s=parts[0],
+        engine_s=parts[1],
+        outside_s=parts[2],
         replicas_mean=mean,
         replicas_max=most,
     )
 
 
-def _simulated(simulated: Simulated, line: Steps, plan: Plan) -> Figures:
+def _simulated(simulated: Simulated, line: Steps, plan: Plan, overhead_s: float) -> Figures:
     totals = simulated.counts.sum(axis=0)
     arrived, met = int(totals[kernel.ARRIVED]), int(totals[kernel.MET])
     histogram = simulated.latencies.sum(axis=0)
+    succeeded = int(totals[kernel.SUCCEEDED])
+    # Waits are of all that began; the few that then were late make no difference here.
+    wait = simulated.wait_s / succeeded if succeeded else None
+    rest = None if wait is None else simulated.latency_s / succeeded - wait - overhead_s
     mean, most = _replicas(line, plan.duration_s)
     p50, p95, p99 = (quantile(histogram, one) for one in _PERCENTS)
     return Figures(
         requests=arrived,
-        succeeded=int(totals[kernel.SUCCEEDED]),
+        succeeded=succeeded,
         p50_s=p50,
         p95_s=p95,
         p99_s=p99,
         attainment=met / max(arrived, 1),
         goodput=met / plan.duration_s,
+        wait_s=wait,
+        engine_s=rest,
+        outside_s=overhead_s if succeeded else None,
         replicas_mean=mean,
         replicas_max=most,
     )

@@ -116,7 +116,7 @@ def from_prometheus(
     common = tuple(labels.items())
     end = now()
     found: dict[str, Value] = {}
-    missing = []
+    missing: list[str] = []
     with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
         for one in table:
             each = Reading(one.name, one.series, (*one.labels, *common), one.of)

@@ -21,6 +21,9 @@ _ROWS = (
     ("p99, s", "p99_s"),
     ("attainment", "attainment"),
     ("goodput, 1/s", "goodput"),
+    ("mean wait, s", "wait_s"),
+    ("mean in the engine, s", "engine_s"),
+    ("mean outside both, s", "outside_s"),
     ("replicas, mean", "replicas_mean"),
     ("replicas, max", "replicas_max"),
 )
