@@ -72,9 +72,6 @@ READINGS = (
     _outcome("finished"),
     _outcome("deadline"),
     _outcome("rejected"),
-    Reading("queue_s", "ray_t5_queue_seconds_total", (), "rate"),
-    Reading("compute_s", "ray_t5_compute_seconds_total", (), "rate"),
-    Reading("shed", "ray_t5_shed_texts_total", (), "rate", rare=True),
     _limited("tokens_per_minute"),
     _limited("concurrent_requests"),
 )
