@@ -35,6 +35,7 @@ def build(args: ServiceSettings | dict[str, Any]) -> Application:
             "target_ongoing_requests": replicas.target_ongoing_requests,
             "upscale_delay_s": replicas.upscale_delay_s,
             "downscale_delay_s": replicas.downscale_delay_s,
+            "downscale_to_zero_delay_s": replicas.downscale_to_zero_delay_s,
             "upscaling_factor": replicas.upscaling_factor,
             "downscaling_factor": replicas.downscaling_factor,
             "look_back_period_s": replicas.look_back_period_s,

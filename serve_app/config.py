@@ -87,6 +87,7 @@ class ReplicaSettings(_Settings):
     max_ongoing_requests: int = Field(1024, ge=1)
     upscale_delay_s: float = Field(30, ge=0)
     downscale_delay_s: float = Field(600, ge=0)
+    downscale_to_zero_delay_s: float | None = Field(None, ge=0, description="of the last replica")
     initial: int | None = Field(None, ge=0, description="replicas to begin with; default: min or 1")
     upscaling_factor: float = Field(1, gt=0)
     downscaling_factor: float = Field(1, gt=0)

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from serve_app.cli.errors import CliError, settings_message
+from serve_app.cli.errors import CliError
+from serve_app.cli.live import Live, agree, served
 from serve_app.cli.loads import load_options, option, planned
 from serve_app.cli.profiling import profiled
 
 if TYPE_CHECKING:
-    from serve_app.config import ServiceSettings
     from serve_app.tuning.compare import Comparison
-    from serve_app.tuning.dashboard import Dashboard
     from serve_app.tuning.model import Platform, Scaling, ServiceModel
     from serve_app.tuning.replay import Plan
-    from serve_app.tuning.send import Target
 
 _DURATION_S = 180.0
-_HOST = "127.0.0.1"
 _MOST_NEW_TOKENS = 512  # the service's own limit, as it is by default
-_GRACE_S = 10.0  # after a request's deadline
 # What Ray Serve has where nothing is said.
 _RAYS = {
     "target_ongoing_requests": 2,
@@ -41,14 +33,6 @@ _RAYS = {
     "aggregation_function": "mean",
 }
 _RAYS_ONGOING = 5
-
-
-@dataclass(frozen=True)
-class _Live:
-    """A service that can be asked, and whether its settings were read from it."""
-
-    target: Target
-    dashboard: Dashboard | None
 
 
 def _params() -> list[click.Parameter]:
@@ -120,7 +104,6 @@ def _verify(**options: Any) -> int:
 
     model, scaling, platform = settings_told(options)
     plan, told = _plan(options, platform.deadline_s)
-    service = _service(options, scaling, platform)
     if options["model"] is None:
         click.echo(f"t5-serve: measuring a replica: {options['profile_seconds']:g} s", err=True)
         model = profiled(
@@ -142,7 +125,7 @@ def _verify(**options: Any) -> int:
     comparisons = []
     for called, one, under in runs:
         click.echo(f"t5-serve: {called}: {plan.duration_s:,.0f} s", err=True)
-        with _served(options, service, one, under) as live:
+        with served(options, one, under) as live:
             compared = _compare(options, called, plan, live, (model, one, under), what)
         if compared is None:
             return 1
@@ -219,95 +202,11 @@ def _plan(options: dict[str, Any], deadline_s: float) -> tuple[Plan, str]:
     return plan, load.told
 
 
-def _service(options: dict[str, Any], scaling: Scaling, platform: Platform) -> ServiceSettings:
-    """Settings of a service to start here."""
-    from pydantic import ValidationError
-
-    from serve_app.config import ServiceSettings
-
-    try:
-        return ServiceSettings.model_validate(
-            {
-                "model": {"name": options["checkpoint"], "dtype": options["dtype"]},
-                # Nothing looked up: a step is then a token, as in the simulation.
-                "engine": {
-                    "threads": options["threads"],
-                    "max_batch_size": options["rows"],
-                    "speculation": False,
-                },
-                "replicas": _replicas(options, scaling, platform),
-                "limits": {
-                    "default_timeout_s": platform.deadline_s,
-                    "timeout_s": max(platform.deadline_s, 300),
-                },
-                "log": {"level": "WARNING"},
-                "usage": {"enabled": False},
-            }
-        )
-    except ValidationError as error:
-        raise CliError(settings_message(error)) from None
-
-
-def _replicas(options: dict[str, Any], scaling: Scaling, platform: Platform) -> dict[str, Any]:
-    names = ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s", "upscaling_factor",
-             "downscaling_factor", "look_back_period_s", "aggregation_function")  # fmt: skip
-    return {
-        "min": scaling.min_replicas,
-        "max": scaling.max_replicas,
-        "initial": scaling.first_replicas,
-        "num_cpus": options["threads"],
-        "max_ongoing_requests": platform.max_ongoing_requests,
-        "max_queued_requests": platform.max_queued_requests,
-        **{name: getattr(scaling, name) for name in names},
-    }
-
-
-@contextmanager
-def _served(
-    options: dict[str, Any], settings: ServiceSettings, scaling: Scaling, platform: Platform
-) -> Iterator[_Live]:
-    from serve_app.cli.ray_token import ray_token
-    from serve_app.tuning.dashboard import Dashboard
-    from serve_app.tuning.send import Target
-
-    def target(url: str, headers: dict[str, str], *, local: bool) -> Target:
-        said = {"Content-Type": "application/json", "Accept": "application/json", **headers}
-        return Target(
-            f"{url.rstrip('/')}/v1/summarize", said, platform.deadline_s + _GRACE_S, 10_000,
-            trust_env=not local,
-        )  # fmt: skip
-
-    if options["url"] is not None:
-        from serve_app.cli.bench import api_token, checked_url
-
-        local = checked_url(options["url"])
-        token = api_token(options["token_file"], local=local)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        dashboard = None
-        if options["dashboard"] is not None:
-            dashboard = Dashboard(options["dashboard"], ray_token(options["ray_token_file"]))
-        yield _Live(target(options["url"], headers, local=local), dashboard)
-        return
-    from serve_app.cli.service import running
-
-    replicas = settings.replicas.model_validate(_replicas(options, scaling, platform))
-    settings = settings.model_copy(update={"replicas": replicas})
-    with running(settings, _HOST, _free_port()) as (access, ray):
-        dashboard = Dashboard(ray.dashboard, ray_token(None))
-        yield _Live(target(access.url, access.headers, local=True), dashboard)
-
-
-def _free_port() -> int:
-    with socket.create_server((_HOST, 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 def _compare(
     options: dict[str, Any],
     name: str,
     plan: Plan,
-    live: _Live,
+    live: Live,
     settings: tuple[ServiceModel, Scaling, Platform],
     what: list[str],
 ) -> Comparison | None:
@@ -320,7 +219,7 @@ def _compare(
     model, scaling, platform = settings
     try:
         if live.dashboard is not None:
-            _agree(scaling, platform, live.dashboard.read().config)
+            agree(scaling, platform, live.dashboard.read().config)
         probed = asyncio.run(probe(plan, live.target, options["probes"]))
         fitted, slower = calibrated(model, plan, probed)
         # The probe leaves the look-back, as the simulation begins with an empty one.
@@ -359,25 +258,6 @@ def _compare(
 async def _after(seconds: float, then: Callable[[], Any]) -> Any:
     await asyncio.sleep(seconds)
     return await then()
-
-
-def _agree(scaling: Scaling, platform: Platform, config: dict[str, Any]) -> None:
-    """The service must have the settings that are simulated."""
-    has = {**(config.get("autoscaling_config") or {}), **config}
-    wanted = {**scaling.model_dump(), "max_ongoing_requests": platform.max_ongoing_requests}
-    for name, value in wanted.items():
-        if value is None or has.get(name) is None:
-            continue
-        same = (
-            math.isclose(value, has[name])
-            if isinstance(value, int | float) and isinstance(has[name], int | float)
-            else str(value) == str(has[name])
-        )
-        if not same:
-            raise CliError(
-                f"{name}: the service has {has[name]}, to be simulated is {value}: give --values "
-                "or --set what it has"
-            )
 
 
 command = click.Command(
