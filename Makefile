@@ -22,7 +22,7 @@ BUILDER ?= docker
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-precision
+.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-precision bench-verify
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -162,3 +162,6 @@ bench-observability: $(VENV)/.installed ## what usage events, metrics and traces
 
 bench-precision: $(VENV)/.installed ## what bfloat16 and int8 change in the demo model's summaries
 	$(BIN)/python -m bench.precision
+
+bench-verify: $(VENV)/.installed ## three loads live and simulated, 13 minutes (ARGS: --help)
+	$(BIN)/python -m bench.verify $(ARGS)

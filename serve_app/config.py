@@ -87,6 +87,13 @@ class ReplicaSettings(_Settings):
     max_ongoing_requests: int = Field(1024, ge=1)
     upscale_delay_s: float = Field(30, ge=0)
     downscale_delay_s: float = Field(600, ge=0)
+    downscale_to_zero_delay_s: float | None = Field(None, ge=0, description="of the last replica")
+    initial: int | None = Field(None, ge=0, description="replicas to begin with; default: min or 1")
+    upscaling_factor: float = Field(1, gt=0)
+    downscaling_factor: float = Field(1, gt=0)
+    look_back_period_s: float = Field(30, gt=0)
+    aggregation_function: Literal["mean", "max", "min"] = "mean"
+    max_queued_requests: int = Field(-1, ge=-1, description="of each Api replica; -1: no bound")
     graceful_shutdown_timeout_s: float = Field(60, ge=0)
     health_check_period_s: float = Field(10, gt=0)
     health_check_timeout_s: float = Field(30, gt=0)
@@ -95,7 +102,14 @@ class ReplicaSettings(_Settings):
     def _ordered(self) -> ReplicaSettings:
         if self.min > self.max:
             raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        if not self.min <= self.first <= self.max:
+            raise ValueError(f"initial ({self.first}) must be from {self.min} to {self.max}")
         return self
+
+    @property
+    def first(self) -> int:
+        """Replicas to begin with."""
+        return max(self.min, 1) if self.initial is None else self.initial
 
 
 class ApiSettings(_Settings):

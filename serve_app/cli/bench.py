@@ -107,21 +107,12 @@ def _status(measured: Measured) -> int:
 def _target(url: str, options: dict[str, Any]) -> Target:
     from serve_app.tuning.send import Target
 
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname
-        _ = parts.port
-    except ValueError as error:
-        raise CliError(f"{url}: {error}") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise CliError(f"{url}: must be an http or https URL")
-    local = host in LOOPBACK
-    token = _token(options["token_file"]) or (dev_token() if local else None)
+    local = checked_url(url)
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    if token:
-        headers["Authorization"] = f"Bearer {checked_token(token)}"
+    if token := api_token(options["token_file"], local=local):
+        headers["Authorization"] = f"Bearer {token}"
     return Target(
-        url=url if parts.path.strip("/") else f"{url.rstrip('/')}{_PATH}",
+        url=url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}{_PATH}",
         headers=headers,
         timeout_s=options["timeout"],
         most_in_flight=options["max_in_flight"],
@@ -130,15 +121,41 @@ def _target(url: str, options: dict[str, Any]) -> Target:
     )
 
 
-def _token(file: Path | None) -> str | None:
+def checked_url(url: str) -> bool:
+    """Whether a service's URL is this machine's own.
+
+    Raises:
+        CliError: it is not an HTTP URL.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError as error:
+        raise CliError(f"{url}: {error}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise CliError(f"{url}: must be an http or https URL")
+    return host in LOOPBACK
+
+
+def api_token(file: Path | None, *, local: bool) -> str | None:
+    """The API token of a file, of `T5_SERVE_TOKEN`, or of `t5-serve run` on this machine.
+
+    Raises:
+        CliError: the file cannot be read, or holds no token.
+    """
     import os
 
-    if file is None:
-        return os.environ.get("T5_SERVE_TOKEN")
     try:
-        return file.read_text(encoding="utf-8").strip()
+        token = (
+            os.environ.get("T5_SERVE_TOKEN")
+            if file is None
+            else file.read_text(encoding="utf-8").strip()
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise CliError(f"{file}: {getattr(error, 'strerror', None) or 'not text'}") from None
+    token = token or (dev_token() if local else None)
+    return checked_token(token) if token else None
 
 
 def _bodies(options: dict[str, Any], trace: Any) -> Any:

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ _RAY_ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class _Access:
+class Access:
     """How to call the service."""
 
     url: str
@@ -66,7 +67,7 @@ class _Access:
 
 
 @dataclass(frozen=True)
-class _LocalRay:
+class LocalRay:
     """Ray as it was started here."""
 
     dashboard: str
@@ -79,16 +80,8 @@ def run(settings: ServiceSettings, host: str, port: int, *, once: bool) -> None:
     Raises:
         CliError: it did not start, or Ray died under it.
     """
-    access = _access(settings, host, port)
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    signals = Signals()
-    signals.install()
     try:
-        with no_process_left(signals, _stop):
-            local = _start_ray(settings, signals)
-            _deploy(settings, host, port, local)
-            _check(access, local)
+        with running(settings, host, port) as (access, local):
             started = time.time() - psutil.Process().create_time()
             _tell(access, local, started)
             if not once:
@@ -97,22 +90,49 @@ def run(settings: ServiceSettings, host: str, port: int, *, once: bool) -> None:
         return
 
 
-def _access(settings: ServiceSettings, host: str, port: int) -> _Access:
+@contextlib.contextmanager
+def running(settings: ServiceSettings, host: str, port: int) -> Iterator[tuple[Access, LocalRay]]:
+    """A Ray of this process' own with the service on it, which has given a summary.
+
+    In the end all child processes of this process are gone. SIGINT and SIGTERM are
+    `KeyboardInterrupt` meanwhile.
+
+    Raises:
+        CliError: it did not start.
+    """
+    access = _access(settings, host, port)
+    set_ray_environment()
+    signals = Signals()
+    signals.install()
+    with no_process_left(signals, _stop):
+        local = _start_ray(settings, signals)
+        _deploy(settings, host, port, local)
+        _check(access, local)
+        yield access, local
+
+
+def set_ray_environment() -> None:
+    """What a Ray started here takes from the environment, some of it when it is imported."""
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _access(settings: ServiceSettings, host: str, port: int) -> Access:
     # Nobody can call a wildcard address.
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     if settings.auth.mode == "off":
-        return _Access(url, None, {})
+        return Access(url, None, {})
     if settings.auth.mode == "trusted-header":
-        return _Access(url, None, {settings.auth.header: _CLIENT})
+        return Access(url, None, {settings.auth.header: _CLIENT})
     try:
         token = dev_token(settings.auth.tokens_file or default_tokens_file())
     except TokenFileError as error:
         raise CliError(str(error)) from None
-    return _Access(url, token, {"Authorization": f"Bearer {token}"})
+    return Access(url, token, {"Authorization": f"Bearer {token}"})
 
 
-def _start_ray(settings: ServiceSettings, signals: Signals) -> _LocalRay:
+def _start_ray(settings: ServiceSettings, signals: Signals) -> LocalRay:
     import ray
 
     # Ray's start is mostly waiting for its processes: read the code of Serve meanwhile.
@@ -137,13 +157,13 @@ def _start_ray(settings: ServiceSettings, signals: Signals) -> _LocalRay:
     imports.join()
     _check_room(settings, ray.cluster_resources())
     logs = Path(context.address_info["session_dir"]) / "logs"
-    return _LocalRay(f"http://{context.dashboard_url}", logs)
+    return LocalRay(f"http://{context.dashboard_url}", logs)
 
 
 def _check_room(settings: ServiceSettings, resources: dict[str, float]) -> None:
     """Refuse what Ray would wait for forever."""
     replicas, api = settings.replicas, settings.api
-    first = max(replicas.min, 1)
+    first = replicas.first
     for name, needed in (
         ("CPU", first * replicas.num_cpus + api.replicas * api.num_cpus),
         ("GPU", first * replicas.num_gpus),
@@ -155,7 +175,7 @@ def _check_room(settings: ServiceSettings, resources: dict[str, float]) -> None:
             )
 
 
-def _deploy(settings: ServiceSettings, host: str, port: int, local: _LocalRay) -> None:
+def _deploy(settings: ServiceSettings, host: str, port: int, local: LocalRay) -> None:
     """Start Serve and the service on it. Returns once all replicas are up."""
     from ray import serve
 
@@ -193,7 +213,7 @@ def _reason(application: ApplicationStatusOverview) -> str:
     return application.message
 
 
-def _check(access: _Access, local: _LocalRay) -> None:
+def _check(access: Access, local: LocalRay) -> None:
     """Make one summary, as any client would."""
     deadline = time.monotonic() + _CHECK_S
     said = ""
@@ -215,7 +235,7 @@ def _check(access: _Access, local: _LocalRay) -> None:
     raise CliError(f"the service started but gave no summary: {said}; logs: {local.logs}")
 
 
-def _tell(access: _Access, local: _LocalRay, started: float) -> None:
+def _tell(access: Access, local: LocalRay, started: float) -> None:
     header = "".join(
         f" -H {shlex.quote(f'{name}: {value}')}" for name, value in access.headers.items()
     )
@@ -239,7 +259,7 @@ def _tell(access: _Access, local: _LocalRay, started: float) -> None:
     sys.stdout.flush()
 
 
-def _wait(local: _LocalRay) -> None:
+def _wait(local: LocalRay) -> None:
     """Until a signal comes; fails when Ray has died."""
     core = [
         process

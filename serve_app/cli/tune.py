@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serve_app.cli.errors import CliError, settings_message
+from serve_app.cli.explain import command as explain
 from serve_app.cli.loads import load_options, named_load, option, usage_trace
+from serve_app.cli.profiling import profiled
+from serve_app.cli.verify import command as verify
 
 if TYPE_CHECKING:
     from serve_app.tuning.model import Platform, Scaling, ServiceModel
@@ -30,6 +33,7 @@ def command() -> None:
     Examples:
       t5-serve tune profile --model google-t5/t5-small > replica.yaml
       t5-serve tune simulate --model replica.yaml --arrivals diurnal --rate 20 --duration 86400
+      t5-serve tune verify --model replica.yaml --rate 4
     """
 
 
@@ -63,7 +67,7 @@ def _simulate(**options: Any) -> None:
         import numba  # noqa: F401
     except ImportError:
         raise CliError("tune needs numba: pip install 't5-serve[tune]'") from None
-    model, scaling, platform = _settings(options)
+    model, scaling, platform = told(options)
     began = time.perf_counter()
     simulated, load = _run(options, model, scaling, platform)
     wall = time.perf_counter() - began
@@ -136,7 +140,12 @@ def _run(
         raise CliError(str(error)) from None
 
 
-def _settings(options: dict[str, Any]) -> tuple[ServiceModel, Scaling, Platform]:
+def told(options: dict[str, Any]) -> tuple[ServiceModel, Scaling, Platform]:
+    """What `--model`, `--values` and `--set` say.
+
+    Raises:
+        CliError: a file cannot be used, or a setting breaks a rule.
+    """
     from pydantic import ValidationError
 
     from serve_app.tuning.model import (
@@ -190,6 +199,10 @@ Examples:
 )
 
 
+command.add_command(verify)
+command.add_command(explain)
+
+
 @command.command("profile")
 @click.option("--model", default="demo", show_default=True, help="`demo`, a folder, a repository.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
@@ -236,40 +249,19 @@ def profile(**options: Any) -> int:
     Example:
       t5-serve tune profile --model google-t5/t5-small --threads 2 > replica.yaml
     """
-    from functools import partial
-
     import yaml
-    from pydantic import ValidationError
 
-    from serve_app.config import EngineSettings, ModelSettings
-    from serve_app.engine.build import build_engine
-    from serve_app.engine.checkpoint import CheckpointError, resolve
-    from serve_app.tuning.profile import ProfileError, throughput
-    from serve_app.tuning.profile import profile as measure
+    from serve_app.tuning.profile import throughput
 
-    try:
-        settings = ModelSettings(
-            name=options["model"],
-            revision=options["revision"],
-            device=options["device"],
-            dtype=options["dtype"],
-        )
-        checkpoint = resolve(settings.name, settings.revision)
-        longest = checkpoint.max_input_tokens
-        # Nothing looked up: a step is then a token, as in the simulation.
-        engine = EngineSettings(
-            threads=options["threads"], max_batch_size=options["rows"], speculation=False
-        )
-        make = partial(
-            build_engine, checkpoint, model=settings, engine=engine, cpus=options["threads"]
-        )
-        lengths = sorted({min(length, longest) for length in (32, 128, longest // 2, longest)})
-        name = f"{options['model']}, {options['dtype']}, {options['threads']} threads"
-        found = measure(lambda emit: make(emit), name, options["seconds"], lengths, options["rows"])
-    except ValidationError as error:
-        raise CliError(settings_message(error)) from None
-    except (CheckpointError, ProfileError) as error:
-        raise CliError(str(error)) from None
+    found = profiled(
+        options["model"],
+        options["revision"],
+        dtype=options["dtype"],
+        device=options["device"],
+        threads=options["threads"],
+        rows=options["rows"],
+        seconds=options["seconds"],
+    )
     click.echo(yaml.safe_dump(found.model.model_dump(), sort_keys=False), nl=False)
     say = [
         f"{found.kinds} kinds of work, median error of the fit {found.fit_error:.1%}; "

@@ -29,6 +29,7 @@ from serve_app.tuning.arrivals import Floats
 from serve_app.tuning.model import Scaling
 
 RECORD_FACTOR = float(RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR)
+OWN = {"signal", "target_drain_s"}  # of `Scaling`: not Ray's
 _EPSILON = 1e-6  # as Ray has it where it compares delays
 
 
@@ -103,9 +104,8 @@ class Policy:
     ) -> None:
         self._now = 0.0
         self._module = _private_copy(lambda: self._now)
-        self.config = AutoscalingConfig(
-            **{k: v for k, v in scaling.model_dump().items() if v is not None}
-        )
+        said = scaling.model_dump(exclude=OWN, exclude_none=True)
+        self.config = AutoscalingConfig(**said)
         self.steady = function is None  # decisions rise with the load and with nothing else
         self._raw = function or self._module.replica_queue_length_autoscaling_policy
         self._decide = self._module._apply_autoscaling_config(self._raw)

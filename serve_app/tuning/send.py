@@ -13,12 +13,13 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import aiohttp
 
 OK, UNFINISHED = "", "unfinished"
 _SPIN_S = 0.002  # asyncio's clock is that coarse
-_PROBLEM = 65_536  # bytes of an answer that are kept
+_KEPT = 65_536  # bytes of an answer
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ async def send(
     target: Target,
     run: Run,
     stop: asyncio.Event,
+    answered: Callable[[int, bytes], None] | None = None,
 ) -> None:
     """Send one request at each moment of `due` (seconds from now) and wait for the answers.
 
     `run` is filled as it goes. When `stop` is set nothing more is sent, and what is in flight is
-    given up and stays `UNFINISHED`.
+    given up and stays `UNFINISHED`. `answered` gets the number of each request that
+    succeeded, as `body` did, and the beginning of its answer.
     """
     timeout = aiohttp.ClientTimeout(total=target.timeout_s)
     tasks: set[asyncio.Task[None]] = set()
@@ -93,7 +96,10 @@ async def send(
             one = Sent(moment, time.perf_counter() - began)
             run.sent.append(one)
             run.in_flight += 1
-            task = asyncio.create_task(_request(session, target, body(number), one, began, run))
+            told = partial(answered, number) if answered is not None else None
+            task = asyncio.create_task(
+                _request(session, target, body(number), one, began, run, told)
+            )
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         run.wall_s = time.perf_counter() - began
@@ -135,37 +141,42 @@ async def _request(
     one: Sent,
     began: float,
     run: Run,
+    answered: Callable[[bytes], None] | None,
 ) -> None:
     try:
         one.began = time.perf_counter() - began
-        kind = await _outcome(session, target, body)
+        kind, content = await _outcome(session, target, body)
         one.ended = time.perf_counter() - began
         one.kind = kind
+        if kind == OK and answered is not None:
+            answered(content)
     finally:
         run.in_flight -= 1
 
 
-async def _outcome(session: aiohttp.ClientSession, target: Target, body: bytes) -> str:
-    """Empty for success, else the kind of error."""
+async def _outcome(
+    session: aiohttp.ClientSession, target: Target, body: bytes
+) -> tuple[str, bytes]:
+    """Empty for success, else the kind of error; and what is kept of the answer."""
+    content = bytearray()
     try:
         async with session.post(target.url, data=body, allow_redirects=False) as response:
-            content = bytearray()
             async for piece in response.content.iter_any():
-                if len(content) < _PROBLEM:
+                if len(content) < _KEPT:
                     content += piece
-            if response.status < 300:
-                return OK
-            return _problem(response.status, bytes(content))
+            failed = response.status >= 300
+            kind = _problem(response.status, bytes(content)) if failed else OK
     except TimeoutError:
-        return "timeout"
+        kind = "timeout"
     except aiohttp.ClientConnectorError as error:
-        return f"cannot connect: {_reason(error.os_error)}"
+        kind = f"cannot connect: {_reason(error.os_error)}"
     except aiohttp.ServerDisconnectedError:
-        return "connection closed without an answer"
+        kind = "connection closed without an answer"
     except aiohttp.ClientPayloadError:
-        return "connection closed within the answer"
+        kind = "connection closed within the answer"
     except (aiohttp.ClientError, OSError) as error:
-        return type(error).__name__
+        kind = type(error).__name__
+    return kind, bytes(content)
 
 
 def _reason(error: OSError) -> str:
