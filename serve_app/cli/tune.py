@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serve_app.cli import recommend
 from serve_app.cli.errors import CliError, settings_message
 from serve_app.cli.loads import load_options, named_load, option, usage_trace
 
@@ -30,6 +31,7 @@ def command() -> None:
     Examples:
       t5-serve tune profile --model google-t5/t5-small > replica.yaml
       t5-serve tune simulate --model replica.yaml --arrivals diurnal --rate 20 --duration 86400
+      t5-serve tune recommend --model replica.yaml --arrivals trace --since 7d --out recommended
     """
 
 
@@ -63,7 +65,7 @@ def _simulate(**options: Any) -> None:
         import numba  # noqa: F401
     except ImportError:
         raise CliError("tune needs numba: pip install 't5-serve[tune]'") from None
-    model, scaling, platform = _settings(options)
+    model, scaling, platform = told(options)
     began = time.perf_counter()
     simulated, load = _run(options, model, scaling, platform)
     wall = time.perf_counter() - began
@@ -136,7 +138,12 @@ def _run(
         raise CliError(str(error)) from None
 
 
-def _settings(options: dict[str, Any]) -> tuple[ServiceModel, Scaling, Platform]:
+def told(options: dict[str, Any]) -> tuple[ServiceModel, Scaling, Platform]:
+    """What `--model`, `--values` and `--set` say.
+
+    Raises:
+        CliError: a file cannot be used, or a setting breaks a rule.
+    """
     from pydantic import ValidationError
 
     from serve_app.tuning.model import (
@@ -188,6 +195,9 @@ Examples:
 """,
     )
 )
+
+
+command.add_command(recommend.command(_params(), told))
 
 
 @command.command("profile")

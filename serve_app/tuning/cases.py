@@ -1,9 +1,9 @@
 """What settings are tried on: loads to choose by, and others, held out, to judge the choice by.
 
-Of an arrival process, others are other seeds. Of a recorded trace of several windows (days), they are
-other windows; of one alone, resamples of it by the local block bootstrap (Paparoditis and Politis,
-"Local block bootstrap", 2002): each stretch of some minutes is replaced by one that came close to that
-time, so the shape of the day stays and what happened when does not.
+Of an arrival process, others are other seeds. Of a recorded trace of several windows (days), they
+are other windows; of one alone, resamples of it by the local block bootstrap (Paparoditis and
+Politis, "Local block bootstrap", 2002): each stretch of some minutes is replaced by one that came
+close to that time, so the shape of the day stays and what happened when does not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DAY_S = 86_400.0
 _BLOCKS = 96  # of a bootstrapped window, so a quarter of an hour of a day
 _NEAR = 2  # blocks
 _BEGIN_S = 300.0
-_JITTER_S = 30.0
+_JITTER_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def trace_cases(
 
 
 def multiplied(trace: Trace, times: int, seed: int) -> Trace:
-    """Each text as so many, half a minute earlier or later at most: of a log that has one in so many
+    """Each text as so many, up to five minutes earlier or later: of a log that has one in so many
     requests, or of a service that grows."""
     if times == 1:
         return trace
@@ -153,7 +153,8 @@ def _cut(block: Block, begin: float, end: float) -> Block:
 
 
 def _joined(pieces: list[Block]) -> Block:
-    at, tokens, out, beams = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    at = np.concatenate([piece[0] for piece in pieces])
+    tokens, out, beams = (np.concatenate([piece[n] for piece in pieces]) for n in (1, 2, 3))
     return at, tokens, out, beams
 
 

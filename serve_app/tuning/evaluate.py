@@ -137,9 +137,7 @@ class Evaluator:
             self._done()
         return found
 
-    def _started(
-        self, function: Callable[..., _T], jobs: list[tuple[Any, ...]]
-    ) -> Iterable[_T]:
+    def _started(self, function: Callable[..., _T], jobs: list[tuple[Any, ...]]) -> Iterable[_T]:
         if self._pool is None:
             return (function(self.world, *job) for job in jobs)
         return self._pool.map(_call, [(function, job) for job in jobs])

@@ -1,9 +1,10 @@
 """Replicas as one would have scaled them who knew all arrivals: what a policy could reach at best.
 
 The requests' work (`oracle.works`) is filled into replicas so and so full, a step of time after the
-other; dips shorter than a cold start are bridged, because a new replica would cost more. How full they
-may be is searched, so that the attainment is just reached in the simulation. Nodes are there when
-they are needed. It is a good schedule, not the best one: the truth lies between `oracle.bound` and it.
+other; dips shorter than a cold start are bridged, because a new replica would cost more. How full
+they may be is searched, so that the attainment is just reached in the simulation. Nodes are there
+when they are needed. It is a good schedule, not the best one: that lies between `oracle.bound` and
+this.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class _Schedule(Policy):
     def __init__(self, scaling: Scaling, replicas: Ints, step_s: float, ahead_s: float) -> None:
         super().__init__(scaling)
         self.steady = False
-        self._replicas = replicas.tolist()
+        self._replicas: list[int] = replicas.tolist()
         self._step_s, self._ahead_s = step_s, ahead_s
 
     def decide(self, now: float, load: float, current: int, target: int) -> int:

@@ -1,16 +1,16 @@
 """A lower bound of replica-hours: no scaling whatever, foresight included, needs fewer.
 
-A request that meets the objective takes at least its own encoding and its share of decode steps from
-replicas, and all of it between its arrival and the objective. Time is cut into slots; a request that
-arrives so late in its slot that it may end in the next one counts as free. What is left must fit into
-the replica-seconds of its slot. A schedule costs its replica-seconds and, for each replica that is
-added, the cold start, in which a replica is paid for already; the first ones are ready in the beginning, as
-simulated ones are. The cheapest schedule that serves enough requests is found by dynamic programming
-over slots and numbers of replicas, with a price per served request in place of the constraint: for
-any price the Lagrangian dual bounds from below, and the best price is searched.
+A request that meets the objective takes at least its own encoding and its share of decode steps
+from replicas, and all of it between its arrival and the objective. Time is cut into slots; a request
+that arrives so late in its slot that it may end in the next one counts as free. What is left must
+fit into the replica-seconds of its slot. A schedule costs its replica-seconds and, for each replica
+that is added, the cold start, which is paid for, too; the first ones are ready in the beginning, as
+simulated ones are. The cheapest schedule that serves enough requests is found by dynamic
+programming over slots and numbers of replicas, with a price per served request in place of the
+constraint: for any price the Lagrangian dual bounds from below, and the best price is searched.
 
-Numbers of replicas may be fractions: a replica that is there for half a slot. Rounding them to a grid
-of width u: for a shift drawn evenly from [0, u) the rounded schedule costs on average what the
+Numbers of replicas may be fractions: a replica that is there for half a slot. Rounding them to a
+grid of width u: for a shift drawn evenly from [0, u) the rounded schedule costs on average what the
 schedule costs, starts included (co-area formula), so one shift costs no more; it lacks less than u
 of the schedule's capacity, which the program gives back. So the bound stays one.
 """
@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from serve_app.tuning.arrivals import Floats
 from serve_app.tuning.model import Platform, ServiceModel
@@ -47,7 +49,7 @@ class Bound:
 
     replica_s: float
     slot_s: float
-    replicas: Floats
+    replicas: NDArray[np.floating[Any]]
 
 
 def works(load: Block, model: ServiceModel, objective_s: float) -> Floats:
@@ -100,7 +102,9 @@ def bound(
         slots = int(min(max(duration_s / (objectives * span), 1), _SLOTS))
         if slots not in tried:
             tried.add(slots)
-            found = _slotted(at, work, duration_s, slots, span, platform.cold_start_s, needed, least)
+            found = _slotted(
+                at, work, duration_s, slots, span, platform.cold_start_s, needed, least
+            )
             best = max(best, found, key=lambda one: one.replica_s)
     return best
 

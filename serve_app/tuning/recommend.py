@@ -103,7 +103,7 @@ def recommend(
     number, reaches = fewest(evaluator, cases, wish.goal, bounds)
     space = Space(number, world.model.rows, SIGNALS)
     given = [fixed(number), RAY_DEFAULTS, Scaling(), wish.current]
-    given += [fixed(one) for one in (number - 1, number + 1) if 1 <= one]
+    given += [fixed(one) for one in (number - 1, number + 1) if one >= 1]
     say("settings")
     tried, cut = search(
         evaluator,
@@ -135,7 +135,8 @@ def recommend(
         reached,
         tried,
         best,
-        *shown[:2],
+        shown[0],
+        shown[1],
         shown[2] if reaches else None,
         bounds,
         foreseen,

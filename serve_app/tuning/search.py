@@ -1,8 +1,8 @@
 """Search over the autoscaling settings: fewest replica-hours against fewest misses, by optuna.
 
 The sampler is the multi-objective tree-structured Parzen estimator (Ozaki et al., "Multiobjective
-tree-structured Parzen estimator", JAIR 2022). Settings are asked for and tried a batch at a time, so
-that the result does not depend on how many processes try them.
+tree-structured Parzen estimator", JAIR 2022). Settings are asked for and tried a batch at a time,
+so that the result does not depend on how many processes try them.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def search(
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other beats: as high an attainment for as few hours, and better in one of them."""
+    """Those that no other beats: not in attainment for as few hours, nor in hours for as much."""
     kept: list[Candidate] = []
     best = -1.0
     for one in sorted(candidates, key=lambda one: (one.hours, -one.attainment)):
