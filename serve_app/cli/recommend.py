@@ -66,7 +66,7 @@ def _own_options() -> list[click.Parameter]:
                      type=click.FloatRange(0, 1, min_open=True, max_open=True),
                      help="Share of the requests to be answered within the objective."),
         click.Option(["--price"], type=positive, help="Of a replica-hour, in any currency."),
-        click.Option(["--trials"], type=click.IntRange(1, 100_000), default=160, show_default=True,
+        click.Option(["--trials"], type=click.IntRange(1, 100_000), default=100, show_default=True,
                      help="Settings to try."),
         click.Option(["--seconds"], type=positive,
                      help="Begin no more trials after so long; judging them takes a little more. "
@@ -109,11 +109,6 @@ def _recommend(options: dict[str, Any], told: Told) -> int:
         training, held_out, load = _cases(options, model)
     except TraceError as problem:
         raise CliError(str(problem)) from None
-    if not held_out:
-        raise CliError(
-            f"--window: the trace has {len(training)} windows of {options['window']:g} s with "
-            "requests, of which none is left to be held out: a shorter one is needed"
-        )
     world = World((*training, *held_out), model, platform, options["objective"])
     wish = Wish(options["attainment"], current, options["trials"], options["seed"], until)
     workers = options["workers"] or os.cpu_count() or 1

@@ -26,6 +26,7 @@ TRAINING, HELD_OUT = 2, 3
 DAY_S = 86_400.0
 _BLOCKS = 96  # of a bootstrapped window, so a quarter of an hour of a day
 _NEAR = 2  # blocks
+_FEWEST = 100  # requests of a trace that is resampled
 _BEGIN_S = 300.0
 _JITTER_S = 300.0
 
@@ -68,9 +69,9 @@ def process_cases(
     for number in range(TRAINING + HELD_OUT):
         own = seed + number
         pieces = list(drawn(load, *sizes, model.max_input_tokens, own))
-        block = _joined(pieces)
-        if not len(block[0]):
+        if not pieces:
             raise TraceError(f"no request came in {load.duration_s:g} s: a higher --rate is needed")
+        block = _joined(pieces)
         cases.append(_case(f"seed {own}", block, load.duration_s, own, model, objective_s))
     return cases[:TRAINING], cases[TRAINING:]
 
@@ -105,6 +106,11 @@ def trace_cases(
         whole = windows[0]
         held = [(f"resample {number + 1}", _resampled(whole, window_s, rng)) for number in range(3)]
         chosen, others = [("as recorded", whole), held[0]], held[1:]
+        if len(whole[0]) < _FEWEST or not all(len(one[0]) for _, one in held):
+            raise TraceError(
+                f"too few requests, or too close together, to judge settings by: {len(whole[0]):,}"
+                f", of at least {_FEWEST} that are wanted"
+            )
     else:
         busy = [float(works(one, model, math.inf).sum()) for one in windows]
         order = np.argsort(busy, kind="stable")[::-1].tolist()
@@ -148,13 +154,16 @@ def _case(
 
 def _cut(block: Block, begin: float, end: float) -> Block:
     first, last = np.searchsorted(block[0], [begin, end])
-    at, tokens, out, beams = (column[first:last] for column in block)
-    return at - begin, tokens, out, beams
+    at, tokens, out, beams = block
+    here = slice(first, last)
+    return at[here] - begin, tokens[here], out[here], beams[here]
 
 
 def _joined(pieces: list[Block]) -> Block:
     at = np.concatenate([piece[0] for piece in pieces])
-    tokens, out, beams = (np.concatenate([piece[n] for piece in pieces]) for n in (1, 2, 3))
+    tokens = np.concatenate([piece[1] for piece in pieces])
+    out = np.concatenate([piece[2] for piece in pieces])
+    beams = np.concatenate([piece[3] for piece in pieces])
     return at, tokens, out, beams
 
 

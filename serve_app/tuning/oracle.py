@@ -1,8 +1,8 @@
 """A lower bound of replica-hours: no scaling whatever, foresight included, needs fewer.
 
 A request that meets the objective takes at least its own encoding and its share of decode steps
-from replicas, and all of it between its arrival and the objective. Time is cut into slots; a request
-that arrives so late in its slot that it may end in the next one counts as free. What is left must
+from replicas, and all of it between its arrival and the objective. Time is cut into slots; what
+arrives so late in its slot that it may end in the next one counts as free. What is left must
 fit into the replica-seconds of its slot. A schedule costs its replica-seconds and, for each replica
 that is added, the cold start, which is paid for, too; the first ones are ready in the beginning, as
 simulated ones are. The cheapest schedule that serves enough requests is found by dynamic
@@ -31,8 +31,8 @@ from serve_app.tuning.simulate import Block
 from serve_app.tuning.sizes import Ints
 
 _SLOTS = 1_440  # at most
-_LEVELS = 1_024  # of the grid of replicas, at most
-_FINEST = 64  # grid points of a replica
+_LEVELS = 1_536  # of the grid of replicas, at most
+_FINEST = 256  # grid points of a replica
 _SLOT_OBJECTIVES = (10, 40, 160)  # lengths of a slot that are tried: the longest bound counts
 _PRICES = 28  # tried for each length
 

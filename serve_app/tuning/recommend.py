@@ -1,7 +1,7 @@
 """A recommendation: settings searched on training loads, chosen on held-out ones, and beside what.
 
 Chosen is, of the settings that reach the goal on every load, the one of fewest replica-hours; among
-those within a hundredth of it the one that turns least often.
+those within two hundredths of it the one that turns least often.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from serve_app.tuning.search import BATCH, Candidate, Space, front, mean_hours, 
 # What `num_replicas: auto` means to Ray Serve 2.60, where it differs from `Scaling`'s defaults.
 RAY_DEFAULTS = Scaling(min_replicas=1, max_replicas=100, target_ongoing_requests=2)
 SIGNALS = ("requests",)
-_TIE = 1.01
+_TIE = 1.02
+_FAR = 20.0  # times the misses that the goal allows
 _JUDGED = 3 * BATCH  # settings that are tried on held-out loads at least
 _MOST_REPLICAS = 100_000
 _CURVE = (0.2, 0.5, 0.8)  # of the way from an attainment of 0 to the goal
@@ -51,7 +52,8 @@ class Recommendation:
         training: how many of the world's loads, the first ones, were for training.
         reached: `chosen` reaches the goal on all loads; else it comes closest of all.
         tried: every setting that was tried.
-        front: of these, those that none beats on the training loads, tried on held-out ones, too.
+        front: of these, those that none beats on the training loads and that are not too far below
+            the goal; tried on held-out loads, too.
         static: the fewest replicas, fixed, that reach the goal; None where no number does.
         bounds, foreseen: of each load, for the goal.
         curve: attainments and the bound of a training load for each, on average, replica-hours.
@@ -116,7 +118,8 @@ def recommend(
         until=wish.until,
     )
     say("held-out loads")
-    best = front(tried)
+    # Far below the goal there is nothing to judge.
+    best = [one for one in front(tried) if 1 - one.attainment <= _FAR * (1 - wish.goal)]
     compared = [RAY_DEFAULTS, wish.current, fixed(number)]
     known = {one.scaling: one for one in tried}
     for scaling, results in zip(compared, evaluator.results(compared, learn), strict=True):
