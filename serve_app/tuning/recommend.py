@@ -19,7 +19,7 @@ from serve_app.tuning.search import BATCH, Candidate, Space, front, mean_hours, 
 
 # What `num_replicas: auto` means to Ray Serve 2.60, where it differs from `Scaling`'s defaults.
 RAY_DEFAULTS = Scaling(min_replicas=1, max_replicas=100, target_ongoing_requests=2)
-SIGNALS = ("requests",)
+SIGNALS = ("requests",)  # those of `Scaling.signal` that the simulation has
 _TIE = 1.02
 _FAR = 20.0  # times the misses that the goal allows
 _JUDGED = 3 * BATCH  # settings that are tried on held-out loads at least

@@ -299,8 +299,10 @@ def test_the_command_writes_page_overlay_and_record(tmp_path: Path) -> None:
     status, told, error = recommends(tmp_path, *args, "--out", str(out))
     assert (status, error) == (0, "")
     assert "simulated against live for 600 s (tune verify): p95 +8.0%, attainment -0.20" in told
-    assert f"helm upgrade t5-summarizer helm/t5-summarizer --namespace t5 --reuse-values -f {out}/o"
-    assert f"-f {out}/overlay.yaml" in told
+    assert (
+        f"helm upgrade t5-summarizer helm/t5-summarizer --namespace t5 --reuse-values -f {out}/o"
+        in told
+    )
     saved = json.loads((out / "recommendation.json").read_text())
     values = yaml.safe_load((out / "overlay.yaml").read_text())
     assert values == saved["overlay"]
