@@ -35,7 +35,9 @@ def test_the_overlay_is_what_serve_gets(
     file = tmp_path / "overlay.yaml"
     current = Scaling(initial_replicas=2)
     file.write_text(overlay_text(overlay(scaling, current, {}), ["made by a test"]))
-    rendered = render({"summarizer": {"autoscaling_config": {"initial_replicas": 2}}}, file)
+    before = tmp_path / "before.yaml"
+    before.write_text("summarizer: {autoscaling_config: {initial_replicas: 2}}\n")
+    rendered = render(None, before, file)
     config = rendered.deployment("Summarizer")["autoscaling_config"]
     wanted = scaling.model_dump(exclude_none=True, include=set(config))
     assert wanted.items() <= config.items()
