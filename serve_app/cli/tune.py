@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serve_app.cli import recommend
 from serve_app.cli.errors import CliError, settings_message
 from serve_app.cli.explain import command as explain
 from serve_app.cli.loads import load_options, named_load, option, usage_trace
@@ -34,6 +35,7 @@ def command() -> None:
       t5-serve tune profile --model google-t5/t5-small > replica.yaml
       t5-serve tune simulate --model replica.yaml --arrivals diurnal --rate 20 --duration 86400
       t5-serve tune verify --model replica.yaml --rate 4
+      t5-serve tune recommend --model replica.yaml --arrivals trace --since 7d --out recommended
     """
 
 
@@ -201,6 +203,7 @@ Examples:
 
 command.add_command(verify)
 command.add_command(explain)
+command.add_command(recommend.command(_params(), told))
 
 
 @command.command("profile")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 from serve_app.usage.text import shown
@@ -64,6 +65,46 @@ def lines(
     for share in range(_LABELS):
         at = low + wide * share / _LABELS
         label = f"{shown(round(at, 2))} {unit}"
+        parts.append(_text(_LEFT + (_WIDTH - _LEFT) * share / _LABELS, _HEIGHT - 6, label, "start"))
+    return _svg(_HEIGHT, parts) + _legend(list(series))
+
+
+def scatter(
+    series: Mapping[str, Sequence[tuple[float, float]]], joined: Collection[str], unit: str
+) -> str:
+    """Points, x from 0 in `unit`, y above 0 on a logarithmic scale; those of `joined` as a line.
+
+    A point at 0 or below lies on the lower edge.
+    """
+    points = [point for values in series.values() for point in values]
+    right = max([*(x for x, _ in points), 1e-9]) * 1.03
+    highest = max([*(y for _, y in points), 1e-9])
+    lowest = min([*(y for _, y in points if y > 0), highest / 10])
+    top, bottom = math.ceil(math.log10(highest) - 1e-9), math.floor(math.log10(lowest))
+    height = _HEIGHT - _BOTTOM - _TOP
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        level = max(math.log10(y), bottom) if y > 0 else bottom
+        share = (level - bottom) / max(top - bottom, 1)
+        return _LEFT + x / right * (_WIDTH - _LEFT), _TOP + height * (1 - share)
+
+    parts = []
+    for level in range(bottom, max(top, bottom + 1) + 1):
+        _, y = place(0, 10.0**level)
+        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(_LEFT - 6, y + 4, f"{10.0**level:g}", "end"))
+    for number, (name, values) in enumerate(series.items()):
+        kind = f"s{number % COLOURS}"
+        placed = [place(*point) for point in values]
+        if name in joined:
+            path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+            parts.append(f'<path class="{kind}" d="M{path}"/>' if placed else "")
+        for (x, y), point in zip(placed, values, strict=True):
+            title = f"{name}: {shown(float(point[0]))} {unit}, {shown(float(point[1]))}"
+            round_ = f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
+            parts.append(f"{round_}<title>{escape(title)}</title></circle>")
+    for share in range(_LABELS):
+        label = f"{shown(round(right * share / _LABELS, 2))} {unit}"
         parts.append(_text(_LEFT + (_WIDTH - _LEFT) * share / _LABELS, _HEIGHT - 6, label, "start"))
     return _svg(_HEIGHT, parts) + _legend(list(series))
 
