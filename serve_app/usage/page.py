@@ -16,9 +16,9 @@ _BARS = 20
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#68727f;--line:#d9dee5;--back:#fff;
---s0:#2563a8;--s1:#d97b29;--s2:#b3303a;--s3:#3d8a5f;--s4:#7a5aa6;--s5:#8a8f98}
+--s0:#2563a8;--s1:#d97b29;--s2:#b3303a;--s3:#3d8a5f;--s4:#7a5aa6;--s5:#8a8f98;--s6:#b89b00}
 @media(prefers-color-scheme:dark){:root{--ink:#e3e8ef;--soft:#9aa5b1;--line:#343c47;--back:#161a20;
---s0:#6aa5e8;--s1:#eda55c;--s2:#e5737c;--s3:#6fbf94;--s4:#a98bd6;--s5:#a0a6af}}
+--s0:#6aa5e8;--s1:#eda55c;--s2:#e5737c;--s3:#6fbf94;--s4:#a98bd6;--s5:#a0a6af;--s6:#dcc65b}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);
 max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2.5rem}p.note{color:var(--soft)}

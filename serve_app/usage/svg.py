@@ -8,7 +8,7 @@ from html import escape
 
 from serve_app.usage.text import shown
 
-COLOURS = 6  # classes s0 to s5 of the page
+COLOURS = 7  # classes s0 to s6 of the page
 _WIDTH, _HEIGHT = 720, 220
 _LEFT, _BOTTOM, _TOP = 56, 24, 8
 _LABELS = 4  # along the axis at most: some are as long as a time and a route
