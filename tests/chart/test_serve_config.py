@@ -28,6 +28,13 @@ MOVED: dict[str, str | None] = {
     "replicas.target_ongoing_requests": "summarizer.autoscaling_config.target_ongoing_requests",
     "replicas.upscale_delay_s": "summarizer.autoscaling_config.upscale_delay_s",
     "replicas.downscale_delay_s": "summarizer.autoscaling_config.downscale_delay_s",
+    "replicas.initial": "summarizer.autoscaling_config.initial_replicas",
+    "replicas.downscale_to_zero_delay_s": "summarizer.autoscaling_config.downscale_to_zero_delay_s",
+    "replicas.upscaling_factor": "summarizer.autoscaling_config.upscaling_factor",
+    "replicas.downscaling_factor": "summarizer.autoscaling_config.downscaling_factor",
+    "replicas.look_back_period_s": "summarizer.autoscaling_config.look_back_period_s",
+    "replicas.aggregation_function": "summarizer.autoscaling_config.aggregation_function",
+    "replicas.max_queued_requests": "summarizer.max_queued_requests",
     "replicas.num_cpus": "summarizer.num_cpus",
     "replicas.num_gpus": "summarizer.num_gpus",
     "replicas.max_ongoing_requests": "summarizer.max_ongoing_requests",
@@ -94,6 +101,9 @@ def test_every_setting_has_a_value_with_the_same_limits(setting: str) -> None:
     if "enum" in wanted:
         assert sorted(map(str, schema["enum"])) == sorted(map(str, wanted["enum"]))
         return
+    if setting == "replicas.look_back_period_s":
+        # Replicas and handles of a cluster report every 10 s; a shorter one is for trying things.
+        wanted["exclusiveMinimum"] = 10
     for key in ("minimum", "exclusiveMinimum", "maximum", "pattern"):
         assert schema.get(key) == wanted.get(key), key
     if nullable(SETTINGS[setting]):
