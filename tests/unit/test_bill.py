@@ -152,7 +152,7 @@ async def test_who_never_left_the_queue_has_only_waited(make: Any, direct: Any) 
     assert failed.reason is FailureReason.DEADLINE
     assert (failed.usage.input_tokens, failed.usage.output_tokens) == (0, 0)
     assert failed.usage.compute_ms == 0
-    assert failed.usage.queue_ms >= 10
+    assert failed.usage.queue_ms > 5  # of 10, less what it took to get there
     await first
 
 
