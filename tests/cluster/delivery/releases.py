@@ -26,6 +26,8 @@ DAMAGE = (
     'path = "/opt/t5-serve/package/serve_app/demo_model/model.safetensors"; '
     'weights = s.load_file(path); weights["shared.weight"].mul_(0.0); '
     's.save_file(weights, path, {"format": "pt"})\''
+    # It writes files that only their owner may read.
+    " && chmod a+r /opt/t5-serve/package/serve_app/demo_model/model.safetensors"
 )
 
 
