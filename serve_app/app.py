@@ -11,8 +11,9 @@ from typing import Any, cast
 from ray import serve
 from ray.serve import Application
 
+from serve_app import scaling
 from serve_app.api.deployment import Api
-from serve_app.config import ServiceSettings
+from serve_app.config import ReplicaSettings, ServiceSettings
 from serve_app.summarizer import Summarizer
 
 
@@ -40,6 +41,7 @@ def build(args: ServiceSettings | dict[str, Any]) -> Application:
             "downscaling_factor": replicas.downscaling_factor,
             "look_back_period_s": replicas.look_back_period_s,
             "aggregation_function": replicas.aggregation_function,
+            **_policy(replicas),
         },
         max_ongoing_requests=replicas.max_ongoing_requests,
         max_queued_requests=replicas.max_queued_requests,
@@ -56,3 +58,10 @@ def build(args: ServiceSettings | dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
     )
     return ingress.bind(settings, summarizer.bind(settings))
+
+
+def _policy(replicas: ReplicaSettings) -> dict[str, Any]:
+    if replicas.signal == "requests":
+        return {}
+    kwargs = {"target_drain_s": replicas.target_drain_s}
+    return {"policy": {"policy_function": scaling.PATH, "policy_kwargs": kwargs}}

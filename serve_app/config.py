@@ -93,6 +93,12 @@ class ReplicaSettings(_Settings):
     downscaling_factor: float = Field(1, gt=0)
     look_back_period_s: float = Field(30, gt=0)
     aggregation_function: Literal["mean", "max", "min"] = "mean"
+    signal: Literal["requests", "tokens"] = Field(
+        "requests", description="tokens: scale by work in front of replicas (docs/tuning.md)"
+    )
+    target_drain_s: float = Field(
+        2, gt=0, description="signal tokens: seconds of work that a replica may have before it"
+    )
     max_queued_requests: int = Field(-1, ge=-1, description="of each Api replica; -1: no bound")
     graceful_shutdown_timeout_s: float = Field(60, ge=0)
     health_check_period_s: float = Field(10, gt=0)

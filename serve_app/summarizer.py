@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,11 @@ class Summarizer:
             await asyncio.shield(self._probing)
         load = self._client.load()
         return Probe(load.last_step_age_s or 0.0, load, os.getpid())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve some times in each look-back, for `scaling.TokenPolicy`."""
+        work = self._client.work()
+        return {} if work is None else asdict(work)
 
     async def check_health(self) -> None:
         """Called by Serve: fails when the engine is busy but makes no progress (ray#61263)."""

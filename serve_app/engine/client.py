@@ -17,6 +17,7 @@ from serve_app.engine.protocol import (
     Finished,
     Tokens,
 )
+from serve_app.engine.work import Work
 
 MakeEngine = Callable[[Emit], Engine]
 
@@ -43,6 +44,10 @@ class EngineClient:
     def load(self) -> EngineLoad:
         """Load figures of the engine."""
         return self._engine.load()
+
+    def work(self) -> Work | None:
+        """The engine's work; see `Engine.work`."""
+        return self._engine.work()
 
     def stalled(self, limit_s: float) -> str | None:
         """Why the engine makes no progress, or None."""

@@ -60,6 +60,7 @@ class ContinuousEngine(EngineThread):
         documents = len(self._runner.entries)
         if not documents:
             return
+        rows = self._runner.rows
         made = drafted = accepted = 0
         try:
             advances = self._runner.step()
@@ -79,6 +80,9 @@ class ContinuousEngine(EngineThread):
             accepted = made - len(advances)
             self._leave([advance.entry for advance in advances if advance.output is not None])
         seconds = time.monotonic() - began
+        with self._lock:
+            self._tally.encoded(encoded, encode_seconds)
+            self._tally.stepped(rows, documents, made, seconds - encode_seconds)
         self._account(events, seconds)
         ran = BatchRan(documents, encoded, made, seconds, drafted, accepted, encode_seconds)
         # First what was done, then whom it was for: who sees an end counted sees its tokens, too.
@@ -160,6 +164,8 @@ class ContinuousEngine(EngineThread):
             tokens = sum(event.usage.input_tokens for event in done)
             self._drained(tokens, self._undrained_s)
             self._undrained_s = 0.0
+            with self._lock:
+                self._tally.finished += len(done)
 
     def _update_running(self) -> None:
         with self._lock:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from serve_app.engine.work import Work
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
@@ -200,6 +202,12 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad:
         """Load figures as of now."""
+
+    def work(self) -> Work | None:
+        """The work there is. None: there is some, and not yet known what it costs.
+
+        Costs are measured from one call to the next, so one of the callers asks now and then.
+        """
 
     def stalled(self, limit_s: float) -> str | None:
         """Say why the engine makes no progress, or None: busy without a step for `limit_s`."""

@@ -95,6 +95,9 @@ class ReferenceEngine(EngineThread):
         seconds = time.monotonic() - began
         input_tokens = sum(entry.tokens for entry in batch)
         self._drained(input_tokens, seconds)
+        with self._lock:  # its work is measured in input tokens alone
+            self._tally.encoded(input_tokens, seconds)
+            self._tally.finished += len(batch)
         output_tokens = sum(len(ids) for ids, _ in outputs)
         events: list[Event] = [BatchRan(len(batch), input_tokens, output_tokens, seconds)]
         for entry, (ids, reason) in zip(batch, outputs, strict=True):

@@ -25,6 +25,7 @@ from serve_app.engine.protocol import (
     QueueFullError,
 )
 from serve_app.engine.queue import Entry, FairQueue
+from serve_app.engine.work import Meter, Tally, Work
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class EngineThread:
         self._busy_since: float | None = None
         self._slots = 0  # rows of the running batch
         self._slots_used = 0
+        self._tally = Tally()
+        self._meter: Meter | None = None
         self._sweep_at = math.inf  # when the first request that waits may be late
         self._opened = threading.Event()
         self._open_error: Exception | None = None
@@ -130,6 +133,19 @@ class EngineThread:
         """See `Engine.load`."""
         with self._lock:
             return self._load()
+
+    def work(self) -> Work | None:
+        """See `Engine.work`."""
+        with self._lock:
+            if self._meter is None:
+                self._meter = Meter(self._slots)
+            self._meter.read(self._tally)
+            waiting, running = [0.0, 0.0], [0.0, 0.0]
+            for entry in self._by_id.values():
+                total = running if entry.started else waiting
+                total[0] += 0 if entry.encoded else entry.tokens
+                total[1] += self._row_steps(entry, self._meter)
+            return self._meter.work((waiting[0], waiting[1]), (running[0], running[1]))
 
     def stalled(self, limit_s: float) -> str | None:
         """See `Engine.stalled`."""
@@ -252,6 +268,14 @@ class EngineThread:
             slots=self._slots,
             slots_used=self._slots_used,
         )
+
+    @staticmethod
+    def _row_steps(entry: Entry, meter: Meter) -> float:
+        """Rows times steps until it will be done, if it becomes as long as others."""
+        settings = entry.request.settings
+        most = settings.max_new_tokens / meter.made_per_step
+        steps = most if meter.steps is None else min(most, meter.steps)
+        return settings.num_beams * max(steps - entry.made / meter.made_per_step, 1.0)
 
     def _no_progress_s(self) -> float:
         if self._busy_since is None:

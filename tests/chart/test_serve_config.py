@@ -34,6 +34,8 @@ MOVED: dict[str, str | None] = {
     "replicas.downscaling_factor": "summarizer.autoscaling_config.downscaling_factor",
     "replicas.look_back_period_s": "summarizer.autoscaling_config.look_back_period_s",
     "replicas.aggregation_function": "summarizer.autoscaling_config.aggregation_function",
+    "replicas.signal": "summarizer.autoscaling_config.signal",
+    "replicas.target_drain_s": "summarizer.autoscaling_config.target_drain_s",
     "replicas.max_queued_requests": "summarizer.max_queued_requests",
     "replicas.num_cpus": "summarizer.num_cpus",
     "replicas.num_gpus": "summarizer.num_gpus",
@@ -258,6 +260,29 @@ def test_serve_takes_the_autoscaling(ci_release: Rendered) -> None:
     given = ci_release.deployment("Summarizer")["autoscaling_config"]
     taken = AutoscalingConfig.model_validate(given)
     assert set(given) <= set(type(taken).model_fields)
+
+
+def test_scaling_by_tokens_is_a_policy_of_serves(render: Render) -> None:
+    from ray.serve.config import AutoscalingConfig
+
+    assert "policy" not in render().deployment("Summarizer")["autoscaling_config"]
+    values = {"summarizer": {"autoscaling_config": {"signal": "tokens", "target_drain_s": 1.5}}}
+    given = render(values).deployment("Summarizer")["autoscaling_config"]
+    taken = AutoscalingConfig.model_validate(given)
+    assert set(given) <= set(type(taken).model_fields)
+    # Serve's controller makes it, by name.
+    policy = taken.policy.get_policy()(**taken.policy.policy_kwargs)
+    assert (type(policy).__name__, policy._target_drain_s) == ("TokenPolicy", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"signal": "rows"}, "signal"), ({"target_drain_s": 0}, "target_drain_s")],
+)
+def test_wrong_signals_are_refused(helm: Helm, values: Object, said: str) -> None:
+    assert f"/autoscaling_config/{said}" in helm.refuse(
+        {"summarizer": {"autoscaling_config": values}}
+    )
 
 
 def test_what_scales_is_no_argument_so_that_changing_it_restarts_nothing(render: Render) -> None:

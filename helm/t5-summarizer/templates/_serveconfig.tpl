@@ -65,7 +65,12 @@ applications:
         {{- include "t5.lifecycle" (dict "root" . "config" $api) | nindent 8 }}
       - name: Summarizer
         autoscaling_config:
-          {{- include "t5.settings" (omit $scaling "initial_replicas") | nindent 10 }}
+          {{- include "t5.settings" (omit $scaling "initial_replicas" "signal" "target_drain_s") | nindent 10 }}
+          {{- if eq $scaling.signal "tokens" }}
+          policy:
+            policy_function: serve_app.scaling:TokenPolicy
+            policy_kwargs: {target_drain_s: {{ $scaling.target_drain_s }}}
+          {{- end }}
           initial_replicas: {{ if kindIs "invalid" $scaling.initial_replicas }}{{ max 1 (int64 $scaling.min_replicas) }}{{ else }}{{ int64 $scaling.initial_replicas }}{{ end }}
         ray_actor_options:
           num_cpus: {{ $summarizer.num_cpus }}
