@@ -16,6 +16,9 @@ from tests.texts import texts
 TEXT = texts(1)[0]
 BUSY = {"text": TEXT, "min_new_tokens": 400, "max_new_tokens": 400}
 SHORT = {"text": TEXT, "max_new_tokens": 8}
+# Still there after some other requests, on any machine.
+STEPS = 4_000
+STAYS = {"text": TEXT, "min_new_tokens": STEPS, "max_new_tokens": STEPS}
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -24,13 +27,13 @@ def test_a_full_queue_says_when_to_come_back(deploy: Deploy, status: int) -> Non
         f"tight-{status}",
         f"/tight-{status}",
         auth="off",
-        engine={"max_waiting_requests": 2, "max_batch_size": 1},
-        limits={"full_status": status, "max_retry_after_s": 60},
+        engine={"max_waiting_requests": 2, "max_batch_size": 1, "speculation": False},
+        limits={"full_status": status, "max_retry_after_s": 60, "max_new_tokens": STEPS},
     )
     with ThreadPoolExecutor(8) as pool:
-        running = pool.submit(service.post, "/v1/summarize", BUSY)
+        running = pool.submit(service.post, "/v1/summarize", STAYS)
         until(lambda: service.probe().load.running_requests == 1, "one runs")
-        waiting = [pool.submit(service.post, "/v1/summarize", BUSY) for _ in range(2)]
+        waiting = [pool.submit(service.post, "/v1/summarize", STAYS) for _ in range(2)]
         until(lambda: service.probe().load.waiting_requests == 2, "two wait")
 
         load = service.probe().load
