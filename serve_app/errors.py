@@ -110,6 +110,19 @@ class InvalidError(ServiceError):
     status, kind, title = HTTPStatus(422), "invalid", "Invalid request"
 
 
+class PoisonError(ServiceError):
+    """Replicas died on this text one after the other: it is not tried again for a while."""
+
+    status, kind, title = HTTPStatus(422), "poison", "Text refused"
+
+    def __init__(self, seconds: float) -> None:
+        minutes = max(math.ceil(seconds / 60), 1)
+        super().__init__(
+            "the engine died on this text more than once; "
+            f"it is refused for {minutes} minute{'s' if minutes > 1 else ''}"
+        )
+
+
 class OverloadedError(ServiceError):
     """The queue is full; `Retry-After` is computed from it."""
 
@@ -135,6 +148,10 @@ class UnavailableError(ServiceError):
     """No replica could answer."""
 
     status, kind, title = HTTPStatus.SERVICE_UNAVAILABLE, "unavailable", "Unavailable"
+
+
+class LostError(UnavailableError):
+    """The replica's engine broke down, with all that were in it."""
 
 
 class EngineError(ServiceError):

@@ -28,6 +28,7 @@ from serve_app.engine.protocol import (
     Finished,
     GenerationSettings,
     QueueFullError,
+    Stopped,
     Tokens,
 )
 from serve_app.logs import configure_logging, request_id_var, trace_id_var
@@ -65,15 +66,17 @@ class Summarizer:
             engine=self._settings.engine,
             cpus=max(int(cpus), 1),
         )
-        exporter = Exporter(ENGINE_SERIES)
-        self._metrics = EngineMetrics(exporter)
+        self._exporter = Exporter(ENGINE_SERIES)
+        self._metrics = EngineMetrics(self._exporter)
+        self._ready = False
         self._client = EngineClient(make, on_event=self._count)
         self._probe_ids = [checkpoint.eos_id]
         self._probing: asyncio.Task[None] | None = None
         await self._warm_up()
         self._exporting = asyncio.create_task(
-            exporter.run(lambda: self._metrics.load(self._client.load()))
+            self._exporter.run(lambda: self._metrics.load(self._client.load()))
         )
+        self._ready = True
         logger.info("engine ready", extra={"model": model.name, "pid": os.getpid()})
 
     async def run(self, call: Call) -> Outcome:
@@ -118,7 +121,7 @@ class Summarizer:
         return {} if work is None else asdict(work)
 
     async def check_health(self) -> None:
-        """Called by Serve: fails when the engine is busy but makes no progress (ray#61263)."""
+        """Called by Serve: fails when the engine has broken down, or hangs (ray#61263)."""
         reason = self._client.stalled(self._settings.engine.stall_s)
         if reason is not None:
             raise RuntimeError(f"unhealthy engine: {reason}")
@@ -159,15 +162,29 @@ class Summarizer:
         if isinstance(outcome, Failed):
             raise RuntimeError(f"the engine fails on an empty text: {outcome.message}")
 
-    def _count(self, event: BatchRan | Finished | Failed) -> None:
-        if not event.id.startswith(_PROBE):
+    def _count(self, event: BatchRan | Finished | Failed | Stopped) -> None:
+        if isinstance(event, Stopped):
+            if self._ready:
+                self._die(event)
+        elif not event.id.startswith(_PROBE):
             self._metrics.event(event)
+
+    def _die(self, event: Stopped) -> None:
+        """End this process: its engine has stopped, or its device is lost to it.
+
+        At once, and not by Serve's health check, which takes three periods to be sure: a replica
+        that fails every call at once looks like the least busy one until then, and gets them all.
+        Callers see a replica die, and try another.
+        """
+        logger.critical("this replica ends", extra={"reason": event.message, "pid": os.getpid()})
+        self._exporter.flush()
+        os._exit(1)
 
     def _refused(self, call: Call, error: QueueFullError | EngineStoppedError) -> Outcome:
         if isinstance(error, QueueFullError):
             self._metrics.rejected()
             return Rejected(error.message, error.load)
-        failed = Failed(call.id, FailureReason.CANCELLED, str(error))
+        failed = Failed(call.id, FailureReason.STOPPED, str(error))
         self._metrics.event(failed)
         return failed
 

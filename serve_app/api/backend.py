@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -17,12 +18,14 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from serve_app.api.suspects import Suspects, Trial
 from serve_app.calls import Call, Outcome, Probe, Rejected
 from serve_app.config import Limits
 from serve_app.engine.protocol import Failed, FailureReason, Finished, Tokens
 from serve_app.errors import (
     DeadlineError,
     EngineError,
+    LostError,
     OverloadedError,
     ServiceError,
     UnavailableError,
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GONE = (RayActorError, ReplicaUnavailableError)
+_GONE = (RayActorError, ReplicaUnavailableError, LostError)
 
 
 class RayBackend:
@@ -48,63 +51,87 @@ class RayBackend:
         self._probe = handle.options(method_name="probe")
         self._limits = limits
         self._tracing = tracing
+        self._suspects = Suspects()
 
     async def run(self, call: Call) -> Finished:
         """See `Backend.run`. A call whose replica dies is run once more elsewhere."""
-        for last in (False, True):
-            try:
-                with self._attempt(call) as sent:
-                    response = self._run.remote(sent)
-                    try:
-                        return finished(await response, self._limits)
-                    except asyncio.CancelledError:
-                        response.cancel()  # type: ignore[no-untyped-call]
-                        raise
-            except Exception as error:
-                if last or not isinstance(error, _GONE):
-                    self._translate(error)
-                logger.warning("a replica died under a request; trying another")
+        ends = time.monotonic() + call.timeout_s
+        async with self._suspects.trial(call) as trial:
+            for last in (False, True):
+                try:
+                    with self._attempt(call, ends) as sent:
+                        response = self._run.remote(sent)
+                        try:
+                            output = finished(await response, self._limits)
+                        except asyncio.CancelledError:
+                            response.cancel()  # type: ignore[no-untyped-call]
+                            raise
+                except Exception as error:
+                    self._gone(error, trial, last=last)
+                else:
+                    trial.succeeded()
+                    return output
         raise AssertionError("unreachable")
 
     async def stream(self, call: Call) -> AsyncGenerator[Tokens | Finished]:
         """See `Backend.stream`. Tried once more only while nothing has been streamed."""
-        for last in (False, True):
-            started = False
-            try:
-                with self._attempt(call) as sent:
-                    response = cast("DeploymentResponseGenerator[Any]", self._stream.remote(sent))
-                    outcome: Outcome | None = None
-                    try:
-                        async for event in response:
-                            if not isinstance(event, Tokens):
-                                outcome = event
-                                break
-                            started = True
-                            yield event
-                    except (asyncio.CancelledError, GeneratorExit):
-                        response.cancel()
-                        raise
-                    assert outcome is not None, "a stream ends with its outcome"
-                    output = finished(outcome, self._limits)
-                # Outside of the span: a reader that has its result may close this generator.
-                yield output
-                return
-            except Exception as error:
-                if last or started or not isinstance(error, _GONE):
-                    self._translate(error)
-                logger.warning("a replica died under a request; trying another")
+        ends = time.monotonic() + call.timeout_s
+        async with self._suspects.trial(call) as trial:
+            for last in (False, True):
+                started = False
+                try:
+                    with self._attempt(call, ends) as sent:
+                        response = cast(
+                            "DeploymentResponseGenerator[Any]", self._stream.remote(sent)
+                        )
+                        outcome: Outcome | None = None
+                        try:
+                            async for event in response:
+                                if not isinstance(event, Tokens):
+                                    outcome = event
+                                    break
+                                started = True
+                                yield event
+                        except (asyncio.CancelledError, GeneratorExit):
+                            response.cancel()
+                            raise
+                        assert outcome is not None, "a stream ends with its outcome"
+                        output = finished(outcome, self._limits)
+                except Exception as error:
+                    self._gone(error, trial, last=last or started)
+                else:
+                    # Outside of the span: a reader that has its result may close this generator.
+                    trial.succeeded()
+                    yield output
+                    return
 
     async def probe(self, max_age_s: float) -> Probe:
-        """See `Backend.probe`."""
+        """See `Backend.probe`. Waits no longer than a step may be old."""
         try:
-            probe: Probe = await self._probe.remote(max_age_s)
+            async with asyncio.timeout(max_age_s):
+                probe: Probe = await self._probe.remote(max_age_s)
+        except TimeoutError:
+            raise UnavailableError(f"no engine made a step within {max_age_s:g} s") from None
         except Exception as error:
             self._translate(error)
         return probe
 
-    def _attempt(self, call: Call) -> AbstractContextManager[Call]:
-        """The call as it is sent: with its request's id, and its trace if there is one."""
-        sent = replace(call, request_id=request_id_var.get())
+    def _gone(self, error: Exception, trial: Trial, *, last: bool) -> None:
+        """After an error: returns if the call is to be tried once more.
+
+        Raises:
+            ServiceError: it is not.
+        """
+        if isinstance(error, ActorDiedError):
+            trial.died(last=last)
+        if last or not isinstance(error, _GONE):
+            self._translate(error)
+        logger.warning("a replica died under a request; trying another")
+
+    def _attempt(self, call: Call, ends: float) -> AbstractContextManager[Call]:
+        """The call as it is sent: what is left of its time, its request's id, and its trace."""
+        left = max(ends - time.monotonic(), 0.001)
+        sent = replace(call, timeout_s=left, request_id=request_id_var.get())
         return nullcontext(sent) if self._tracing is None else self._tracing.call(sent)
 
     def _translate(self, error: Exception) -> NoReturn:
@@ -148,6 +175,8 @@ def finished(outcome: Outcome, limits: Limits) -> Finished:
     error: ServiceError
     if outcome.reason is FailureReason.DEADLINE:
         error = DeadlineError("the request's deadline passed before the summary was done")
+    elif outcome.reason is FailureReason.STOPPED:
+        error = LostError(outcome.message, Retry_After="5")
     elif outcome.reason is FailureReason.CANCELLED:
         error = UnavailableError("the replica is shutting down", Retry_After="1")
     else:

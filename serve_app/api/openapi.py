@@ -26,7 +26,7 @@ _PROBLEMS = {
     408: "The request's deadline passed",
     413: "The body is too large",
     415: "The content type or encoding is not understood",
-    422: "A field breaks a rule or a limit",
+    422: "A field breaks a rule or a limit, or replicas died on the text (type `poison`)",
     429: "Over a limit of the client, or the queue is full; see Retry-After",
     500: "An error inside the service",
     503: "Overloaded or unavailable; see Retry-After",

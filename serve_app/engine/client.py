@@ -15,6 +15,7 @@ from serve_app.engine.protocol import (
     Event,
     Failed,
     Finished,
+    Stopped,
     Tokens,
 )
 from serve_app.engine.work import Work
@@ -27,14 +28,14 @@ class EngineClient:
 
     Args:
         make_engine: builds the engine around the callback it is given.
-        on_event: called on the loop for every batch that went through the model and for the end of
-            every request, whether anyone still waits for it or not.
+        on_event: called on the loop for every batch that went through the model, for the end of
+            every request, whether anyone still waits for it or not, and when the engine stops.
     """
 
     def __init__(
         self,
         make_engine: MakeEngine,
-        on_event: Callable[[BatchRan | Finished | Failed], None] | None = None,
+        on_event: Callable[[BatchRan | Finished | Failed | Stopped], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}

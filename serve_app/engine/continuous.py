@@ -16,12 +16,15 @@ import torch
 
 from serve_app.engine import native
 from serve_app.engine.checkpoint import Checkpoint, CheckpointError
+from serve_app.engine.faults import out_of_memory, poisoned
 from serve_app.engine.protocol import BatchRan, Event, Finished, FinishReason, Tokens
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Advance, Plan, Runner
 from serve_app.engine.thread import EngineThread, broken, failure
 
 logger = logging.getLogger(__name__)
+
+_RECOVERY_STEPS = 256  # without running out of memory, after which twice as many rows are tried
 
 
 class ContinuousEngine(EngineThread):
@@ -49,7 +52,8 @@ class ContinuousEngine(EngineThread):
         )
         self._runner = self._make_runner(self._checkpoint, plan)
         self._undrained_s = 0.0
-        self._slots = self._runner.most_rows
+        self._slots = self._rows_allowed = self._runner.most_rows
+        self._good_steps = self._preempted = 0
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -66,14 +70,11 @@ class ContinuousEngine(EngineThread):
             advances = self._runner.step()
             self._stepped()
         except Exception as error:
-            # A step is of the whole batch: nobody can tell whose fault it was.
-            ids = [entry.origin for entry in self._runner.entries]
-            logger.exception(
-                "a decode step of %d documents failed", documents, extra={"request_ids": ids}
-            )
-            events: list[Event] = [broken(entry, error) for entry in self._runner.entries]
-            self._leave(list(self._runner.entries))
+            if poisoned(error):
+                raise
+            events = self._step_failed(error)
         else:
+            self._recover()
             events = list(self._events(advances))
             made = sum(advance.made for advance in advances)
             drafted = sum(advance.drafted for advance in advances)
@@ -84,7 +85,10 @@ class ContinuousEngine(EngineThread):
             self._tally.encoded(encoded, encode_seconds)
             self._tally.stepped(rows, documents, made, seconds - encode_seconds)
         self._account(events, seconds)
-        ran = BatchRan(documents, encoded, made, seconds, drafted, accepted, encode_seconds)
+        preempted, self._preempted = self._preempted, 0
+        ran = BatchRan(
+            documents, encoded, made, seconds, drafted, accepted, encode_seconds, preempted
+        )
         # First what was done, then whom it was for: who sees an end counted sees its tokens, too.
         self._finish([ran, *events])
 
@@ -105,7 +109,7 @@ class ContinuousEngine(EngineThread):
         if admitted:
             self._encode(admitted)
             self._update_running()
-        return sum(entry.tokens for entry in admitted)
+        return sum(entry.tokens for entry in admitted if entry.encoded)
 
     def _pull(self) -> list[Entry]:
         """Take from the queue, in turn, what fits into free rows and the encoder's budget."""
@@ -117,7 +121,7 @@ class ContinuousEngine(EngineThread):
             rows += entry.request.settings.num_beams
             longest = max(longest, entry.tokens)
             # More beams than rows, or more tokens than the budget: alone, it may all the same.
-            fits = rows <= self._runner.most_rows or rows == entry.request.settings.num_beams
+            fits = rows <= self._rows_allowed or rows == entry.request.settings.num_beams
             affordable = not pulled or longest * (len(pulled) + 1) <= self._max_batch_tokens
             if not (fits and affordable):
                 break
@@ -129,11 +133,70 @@ class ContinuousEngine(EngineThread):
         try:
             self._runner.admit(batch)
         except Exception as error:
-            self._isolate(batch, error, self._encode)
+            if out_of_memory(error) and len(batch) == 1 and self._runner.entries:
+                self._put_back(batch, error)  # the others may hold the memory that it needs
+            else:
+                self._isolate(batch, error, self._encode)
             return
         now = time.monotonic()
         for entry in batch:
             entry.encoded = now
+
+    def _step_failed(self, error: Exception) -> list[Event]:
+        """After a step without result: who fails of the batch.
+
+        Out of memory, the newest half is put back, as far as possible of those who have streamed
+        nothing yet. Otherwise all fail: a step is of the whole batch, and nobody can tell whose
+        fault it was.
+        """
+        entries = list(self._runner.entries)
+        if out_of_memory(error) and len(entries) > 1:
+            kept = sorted(entries, key=lambda one: (not one.streamed, one.started))
+            self._put_back(kept[: (len(kept) - 1) // 2 : -1], error)
+            return []
+        logger.error(
+            "a decode step of %d documents failed", len(entries), exc_info=error,
+            extra={"request_ids": [entry.origin for entry in entries]},
+        )  # fmt: skip
+        self._leave(entries)
+        return [broken(entry, error) for entry in entries]
+
+    def _put_back(self, entries: list[Entry], error: Exception) -> None:
+        """Return documents, newest first, to the front of the queue, to start again.
+
+        Until a number of steps has gone well there are no more rows than stay now.
+        """
+        self._leave([entry for entry in entries if entry.encoded])
+        self._rows_allowed, self._good_steps = max(self._runner.rows, 1), 0
+        self._preempted += len(entries)
+        logger.warning(
+            "out of memory: %d documents wait again, rows: %d", len(entries), self._rows_allowed,
+            exc_info=error, extra={"request_ids": [entry.origin for entry in entries]},
+        )  # fmt: skip
+        with self._lock:
+            for entry in entries:
+                entry.started = entry.encoded = 0.0
+                entry.made = 0
+                self._waiting.put_back(entry)
+            self._sweep_at = 0  # they may be late or cancelled
+
+    def _recover(self) -> None:
+        """After a step that went well."""
+        if self._rows_allowed >= self._runner.most_rows:
+            return
+        self._good_steps += 1
+        if self._good_steps == _RECOVERY_STEPS:
+            self._rows_allowed = min(self._rows_allowed * 2, self._runner.most_rows)
+            self._good_steps = 0
+
+    def _check(self) -> None:
+        super()._check()
+        entries, rows = self._runner.entries, self._runner.rows
+        taken = sum(entry.request.settings.num_beams for entry in entries)
+        if not rows == taken == self._slots_used or any(entry.over for entry in entries):
+            raise AssertionError(
+                f"{rows} rows are taken, {self._slots_used} by account, {taken} by documents"
+            )
 
     def _leave(self, entries: list[Entry]) -> None:
         if entries:
@@ -145,8 +208,11 @@ class ContinuousEngine(EngineThread):
         now = time.monotonic()
         for advance in advances:
             entry = advance.entry
+            # Who was put back and has started again has already streamed the first of them.
+            seen = entry.streamed - entry.made
             entry.made += advance.made
-            if new := [token for token in advance.new if token != eos_id]:
+            if new := [token for token in advance.new[max(seen, 0) :] if token != eos_id]:
+                entry.streamed += len(new)
                 yield Tokens(entry.request.id, new)
             if advance.output is None:
                 continue

@@ -79,6 +79,7 @@ class FailureReason(StrEnum):
     DEADLINE = "deadline"
     CANCELLED = "cancelled"
     ERROR = "error"
+    STOPPED = "stopped"  # the engine broke under it: no fault of its own, as far as is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class BatchRan:
 
     `encode_seconds` of them went into encoding documents that came in, 0 where none did. Of the
     `drafted` tokens that were tried, `accepted` ones were right: they are among the
-    `output_tokens`.
+    `output_tokens`. `preempted` requests went back to the queue for want of memory.
     """
 
     requests: int
@@ -139,10 +140,19 @@ class BatchRan:
     drafted: int = 0
     accepted: int = 0
     encode_seconds: float = 0.0
+    preempted: int = 0
     id: str = field(default="", init=False)
 
 
-Event = Tokens | Finished | Failed | BatchRan
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The engine has broken down, and every request in it has failed: its last event."""
+
+    message: str
+    id: str = field(default="", init=False)
+
+
+Event = Tokens | Finished | Failed | BatchRan | Stopped
 Emit = Callable[[list[Event]], None]
 
 
@@ -183,7 +193,7 @@ class QueueFullError(Exception):
 
 
 class EngineStoppedError(Exception):
-    """The engine takes no more requests: it is closing, or its thread has died."""
+    """The engine takes no more requests: it is closing, or has broken down."""
 
 
 class Engine(Protocol):
@@ -194,7 +204,7 @@ class Engine(Protocol):
 
         Raises:
             QueueFullError: the bounded queue is full.
-            EngineStoppedError: the engine is closing or dead.
+            EngineStoppedError: the engine is closing or has broken down.
         """
 
     def cancel(self, request_id: str) -> None:
@@ -210,7 +220,10 @@ class Engine(Protocol):
         """
 
     def stalled(self, limit_s: float) -> str | None:
-        """Say why the engine makes no progress, or None: busy without a step for `limit_s`."""
+        """Say why the engine makes no progress, or None.
+
+        It has broken down, or is busy without a step for `limit_s`.
+        """
 
     def close(self) -> None:
         """Stop the thread; requests still inside fail as cancelled."""

@@ -75,6 +75,13 @@ class FairQueue:
         self._lines.setdefault(entry.request.share, deque()).append(entry)
         self.tokens += entry.tokens
 
+    def put_back(self, entry: Entry) -> None:
+        """Put an entry in front of all others."""
+        share = entry.request.share
+        self._lines.setdefault(share, deque()).appendleft(entry)
+        self._lines.move_to_end(share, last=False)
+        self.tokens += entry.tokens
+
     def peek(self) -> Entry:
         """The entry whose turn it is. Raises `IndexError` when none waits."""
         for line in self._lines.values():

@@ -80,4 +80,7 @@ class Runner(Protocol):
         """Free the slots of documents."""
 
     def step(self) -> list[Advance]:
-        """One decode step for all documents, in the order of `entries`."""
+        """One decode step for all documents, in the order of `entries`.
+
+        Those that were done before another's error are given, and the error is raised next time.
+        """

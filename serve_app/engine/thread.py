@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.faults import out_of_memory, poisoned
 from serve_app.engine.protocol import (
     Emit,
     EngineLoad,
@@ -23,6 +24,7 @@ from serve_app.engine.protocol import (
     FailureReason,
     Finished,
     QueueFullError,
+    Stopped,
 )
 from serve_app.engine.queue import Entry, FairQueue
 from serve_app.engine.work import Meter, Tally, Work
@@ -82,6 +84,7 @@ class EngineThread:
         self._running: list[Entry] = []
         self._by_id: dict[str, Entry] = {}
         self._closing = False
+        self._broken: str | None = None  # why the engine has stopped
         self._drain_rate: float | None = None
         self._steps = 0
         self._last_step: float | None = None
@@ -103,6 +106,8 @@ class EngineThread:
         """See `Engine.submit`."""
         tokens = len(request.input_ids)
         with self._lock:
+            if self._broken is not None:
+                raise EngineStoppedError(self._broken)
             if self._closing or not self._thread.is_alive():
                 raise EngineStoppedError("the engine has stopped")
             if request.id in self._by_id:
@@ -150,6 +155,8 @@ class EngineThread:
     def stalled(self, limit_s: float) -> str | None:
         """See `Engine.stalled`."""
         with self._lock:
+            if self._broken is not None:
+                return self._broken
             if not self._thread.is_alive():
                 return "the engine thread has died"
             age = self._no_progress_s()
@@ -190,22 +197,56 @@ class EngineThread:
             return
         finally:
             self._opened.set()
-        while True:
-            with self._lock:
-                while not (len(self._waiting) or self._running or self._closing):
-                    self._busy_since = None
-                    self._lock.wait()
-                now = time.monotonic()
-                # Cancelled and late requests leave the queue before they cost compute.
-                dead = self._sweep(now) if now >= self._sweep_at else []
-                stop = self._closing and not self._running and not len(self._waiting)
-                if self._busy_since is None:
-                    self._busy_since = now
-            self._finish([failed for entry in dead if (failed := failure(entry, now=now))])
-            if stop:
-                return
-            if len(self._waiting) or self._running:
-                self._work()
+        try:
+            while self._turn():
+                self._check()
+        except Exception as error:
+            self._break_down(error)
+
+    def _turn(self) -> bool:
+        """Wait for work and do one unit of it; false once the engine is closed and empty."""
+        with self._lock:
+            while not (len(self._waiting) or self._running or self._closing):
+                self._busy_since = None
+                self._lock.wait()
+            now = time.monotonic()
+            # Cancelled and late requests leave the queue before they cost compute.
+            dead = self._sweep(now) if now >= self._sweep_at else []
+            stop = self._closing and not self._running and not len(self._waiting)
+            if self._busy_since is None:
+                self._busy_since = now
+        self._finish([failed for entry in dead if (failed := failure(entry, now=now))])
+        if not stop and (len(self._waiting) or self._running):
+            self._work()
+        return not stop
+
+    def _check(self) -> None:
+        """Assert that every request is in the queue or in the batch, and nothing else is.
+
+        Always on: what leaks here starves the service without a word.
+        """
+        with self._lock:
+            waiting, running, known = len(self._waiting), len(self._running), len(self._by_id)
+        if waiting + running != known:
+            raise AssertionError(f"{known} requests, but {waiting} wait and {running} run")
+
+    def _break_down(self, error: Exception) -> None:
+        """End with an error that is no single request's: all fail, and none gets in any more."""
+        message = f"the engine has stopped: {type(error).__name__}: {error}"
+        with self._lock:
+            self._broken = message
+            lost = list(self._by_id.values())
+            self._by_id.clear()
+            self._waiting = FairQueue()
+            self._running, self._slots_used = [], 0
+        ids = [entry.origin for entry in lost]
+        logger.critical("the engine has stopped", exc_info=error, extra={"request_ids": ids})
+        events: list[Event] = []
+        now = time.monotonic()
+        for entry in lost:
+            usage = entry.usage(now)
+            events.append(Failed(entry.request.id, FailureReason.STOPPED, message, usage))
+        self._emit([*events, Stopped(message)])
 
     def _sweep(self, now: float) -> list[Entry]:
         """Take from the queue whom nobody waits for any more, and see who will be next."""
@@ -231,7 +272,12 @@ class EngineThread:
         """Called when `work` failed on a batch: one bad request must not take the others with it.
 
         Halves the batch until the bad one stands alone, and fails that.
+
+        Raises:
+            Exception: `error`, if nothing can be done on the device any more.
         """
+        if poisoned(error):
+            raise error
         ids = [entry.origin for entry in batch]
         logger.error(
             "%d requests failed together", len(batch), exc_info=error, extra={"request_ids": ids}
@@ -295,6 +341,12 @@ def padded(batch: Sequence[Entry], pad_id: int, device: torch.device) -> tuple[T
 def broken(entry: Entry, error: Exception) -> Failed:
     """The end of a request that the engine failed on."""
     message = f"{type(error).__name__}: {error}"
+    if out_of_memory(error):
+        settings = entry.request.settings
+        message = (
+            f"out of memory, even alone, with {entry.tokens} input tokens, "
+            f"num_beams {settings.num_beams}, max_new_tokens {settings.max_new_tokens}: {message}"
+        )
     usage = entry.usage(time.monotonic())
     return Failed(entry.request.id, FailureReason.ERROR, message, usage)
 

@@ -55,6 +55,7 @@ class EngineMetrics:
         add("t5_batched_requests", ran.requests)
         add("t5_compute_seconds", ran.seconds)
         add("t5_decode_seconds", ran.seconds - ran.encode_seconds)
+        add("t5_engine_requests", ran.preempted, "preempted")
         add("t5_tokens", ran.input_tokens, "input")
         add("t5_tokens", ran.output_tokens, "output")
         if ran.drafted:

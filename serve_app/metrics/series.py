@@ -124,7 +124,8 @@ ENGINE_SERIES = (
     _histogram("t5_compute_ms", "Time of a document in the model.", LATENCY_MS),
     _counter(
         "t5_engine_requests",
-        "Documents by outcome: `finished`, `deadline`, `cancelled`, `error`, `rejected`.",
+        "Documents by outcome: `finished`, `deadline`, `cancelled`, `error`, `rejected`, `stopped` "
+        "with their engine; and `preempted`, back in the queue for want of memory.",
         "outcome",
     ),
     _counter(

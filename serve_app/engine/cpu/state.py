@@ -153,7 +153,11 @@ class State:
         return sum(c.nbytes for caches in self._caches.values() for c in caches)
 
     def reserve(self, *, lanes: int, steps: int, source: int, beams: int) -> None:
-        """Grow to this many lanes, steps, source positions and beams a document, if need be."""
+        """Grow to this many lanes, steps, source positions and beams a document, if need be.
+
+        Raises:
+            MemoryError, RuntimeError: out of memory; nothing has changed.
+        """
         lanes = max(lanes, self.lane_count)
         steps = max(_up(steps), self.steps_room)
         source = max(_up(source), self.source_room)
@@ -162,18 +166,22 @@ class State:
         now = (self.lane_count, self.steps_room, self.source_room, self._arrays["lanes"].shape[1])
         if grown == now:
             return
+        arrays: dict[str, np.ndarray] = {}
         for name in (*_BY_LANE, *_BY_DOCUMENT):
             # The start token, and room for drafts that reach behind the end.
             extent = (lanes, steps + 1) if name in _LONG_LANE else (lanes,)
-            self._arrays[name] = _grown(self._arrays[name], extent)
-        self._arrays["lanes"] = _grown(self._arrays["lanes"], (lanes, beams))
-        self.sources = _grown(self.sources, (lanes, source))
+            arrays[name] = _grown(self._arrays[name], extent)
+        arrays["lanes"] = _grown(self._arrays["lanes"], (lanes, beams))
+        sources = _grown(self.sources, (lanes, source))
         heads = self._shape.heads
+        grown_caches: dict[str, list[Tensor]] = {}
         for name, caches in self._caches.items():
             room = source if name.startswith("cross") else steps
             width = 1 if name in _PER_POSITION else self.padded
             size = (lanes, heads, room * width)
-            self._caches[name] = [_grown_cache(cache, size) for cache in caches]
+            grown_caches[name] = [_grown_cache(cache, size) for cache in caches]
+        # All of them or none: the kernels have addresses of the old ones until `_point`.
+        self._arrays, self.sources, self._caches = arrays, sources, grown_caches
         self.free_slots.extend(range(self.slot_count, lanes))
         self.free_lanes.extend(range(self.lane_count, lanes))
         self.lane_count = self.slot_count = lanes

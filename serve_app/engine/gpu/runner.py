@@ -34,6 +34,7 @@ class TorchRunner:
         self.most_rows = plan.rows or 64
         self._graphs: StepGraphs | None = None
         self._rounded = plan.rounded
+        self._failed: Exception | None = None  # on a step of which a part had been done
         if self._model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._model.device)
             self.most_rows = plan_rows(self.shape, plan, free, self._model.dtype.itemsize)
@@ -62,14 +63,18 @@ class TorchRunner:
     def admit(self, entries: Sequence[Entry]) -> None:
         """See `Runner.admit`."""
         encoded = [(batch, self._encode(batch)) for batch in _microbatches(entries)]
-        for batch, (keys, values) in encoded:
-            for beams in {entry.request.settings.num_beams for entry in batch}:
-                mine = [i for i, e in enumerate(batch) if e.request.settings.num_beams == beams]
-                self._group(beams).admit(
-                    [batch[i] for i in mine],
-                    [batch[i].tokens for i in mine],
-                    (keys[:, mine], values[:, mine]),
-                )
+        try:
+            for batch, (keys, values) in encoded:
+                for beams in {entry.request.settings.num_beams for entry in batch}:
+                    mine = [i for i, e in enumerate(batch) if e.request.settings.num_beams == beams]
+                    self._group(beams).admit(
+                        [batch[i] for i in mine],
+                        [batch[i].tokens for i in mine],
+                        (keys[:, mine], values[:, mine]),
+                    )
+        except Exception:
+            self.leave(entries)
+            raise
 
     def leave(self, entries: Sequence[Entry]) -> None:
         """See `Runner.leave`."""
@@ -79,16 +84,30 @@ class TorchRunner:
 
     def step(self) -> list[Advance]:
         """See `Runner.step`."""
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
         advances: list[Advance] = []
         for group in self._groups.values():
-            if len(group):
-                view = group.view(rounded=self._rounded)
-                if self._graphs is not None:
-                    logits = self._graphs(group, view)
-                else:
-                    logits = forward(self._model, group, view)
-                advances.extend(self._choose(group, logits[: group.rows]))
+            try:
+                advances.extend(self._step(group))
+            except Exception as error:
+                if not advances:
+                    raise
+                # What other groups have done cannot be done again: it counts, and the error next.
+                self._failed = error
+                break
         return advances
+
+    def _step(self, group: Group) -> list[Advance]:
+        if not len(group):
+            return []
+        view = group.view(rounded=self._rounded)
+        if self._graphs is not None:
+            logits = self._graphs(group, view)
+        else:
+            logits = forward(self._model, group, view)
+        return self._choose(group, logits[: group.rows])
 
     def _choose(self, group: Group, logits: Tensor) -> list[Advance]:
         eos_id = self.shape.eos_id

@@ -239,7 +239,7 @@ class Group:
             self.steps.shape[0], self.ancestry.shape[2], self.cross_values.shape[3],
         ):  # fmt: skip
             return
-        self.moved += 1
+        tensors: dict[str, Tensor] = {}
         for name in self._SLOTTED:
             tensor = getattr(self, name)
             size = [slots, *tensor.shape[1:]]
@@ -247,12 +247,16 @@ class Group:
                 size[2] = steps + 1
             elif name == "ancestry":
                 size[2] = steps
-            setattr(self, name, _resized(tensor, size))
+            tensors[name] = _resized(tensor, size)
         for name in self._CACHES:
             tensor = getattr(self, name)
             size = [tensor.shape[0], slots, *tensor.shape[2:]]
             size[{"cross_keys": 4}.get(name, 3)] = source if name.startswith("cross") else steps
-            setattr(self, name, _resized(tensor, size))
+            tensors[name] = _resized(tensor, size)
+        # All of them or, out of memory, none.
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+        self.moved += 1
 
 
 Tensors = tuple[Tensor, Tensor]
