@@ -145,7 +145,7 @@ class RayBackend:
                 self._limits.max_retry_after_s,
             ) from error
         if isinstance(error, (*_GONE, DeploymentUnavailableError)):
-            detail = "the replica that worked on this request died, and so did the next"
+            detail = "every replica that worked on this request died"
             if isinstance(error, DeploymentUnavailableError):
                 detail = "the summarizer has no healthy replica"
             unavailable = UnavailableError(detail, Retry_After="5")

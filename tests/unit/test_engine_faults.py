@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -50,7 +51,7 @@ RUNNERS = [*native.supported()[:1], "torch"]
 
 
 class FaultyRunner:
-    """A runner in front of which faults stand. `None`: none."""
+    """A runner in front of which faults stand; no step begins while the gate is closed."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -58,6 +59,8 @@ class FaultyRunner:
         self.on_admit: Callable[[Sequence[Entry], list[Entry]], None] = lambda new, there: None
         self.leaks = False
         self.most_seen = 0  # documents in a step
+        self.gate = threading.Event()
+        self.gate.set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -71,6 +74,7 @@ class FaultyRunner:
             self._runner.leave(entries)
 
     def step(self) -> list[Advance]:
+        self.gate.wait(timeout=60)
         self.most_seen = max(self.most_seen, len(self._runner.entries))
         self.on_step(self._runner.entries)
         return self._runner.step()
@@ -113,6 +117,22 @@ async def broken(
         yield client, made[0], seen
     finally:
         await asyncio.to_thread(client.close)
+
+
+async def together(
+    client: EngineClient, faulty: FaultyRunner, requests: list[EngineRequest]
+) -> list[Finished | Failed]:
+    """How requests end that come at once: all have come before the first step is done."""
+    faulty.gate.clear()
+    tasks = [asyncio.create_task(client.run(request)) for request in requests]
+
+    def all_came() -> bool:
+        load = client.load()
+        return load.waiting_requests + load.running_requests == len(requests)
+
+    await until(all_came, "all have come")
+    faulty.gate.set()
+    return await asyncio.gather(*tasks)
 
 
 def once(error: Exception, when: Callable[[list[Entry]], bool]) -> Callable[[list[Entry]], None]:
@@ -271,9 +291,8 @@ async def test_out_of_memory_in_a_step_half_of_the_documents_start_again(
         faulty.on_step = once(
             error, lambda entries: len(entries) == 8 and all(one.made >= 10 for one in entries)
         )
-        outcomes = await asyncio.gather(
-            *(client.run(EngineRequest(f"r{i}", ids, settings)) for i, ids in enumerate(inputs))
-        )
+        requests = [EngineRequest(f"r{i}", ids, settings) for i, ids in enumerate(inputs)]
+        outcomes = await together(client, faulty, requests)
         for ids, outcome in zip(inputs, outcomes, strict=True):
             assert isinstance(outcome, Finished), outcome
             assert list(outcome.ids) == generated(direct, ids, settings)
@@ -304,7 +323,13 @@ async def test_nobody_reads_a_token_twice_when_a_stream_starts_again(
                     return ids, event
             raise AssertionError("no end")
 
-        for index, (ids, end) in enumerate(await asyncio.gather(*map(read, range(4)))):
+        faulty.gate.clear()
+        reading = asyncio.gather(*map(read, range(4)))
+        await until(
+            lambda: client.load().waiting_requests + client.load().running_requests == 4, "all came"
+        )
+        faulty.gate.set()
+        for index, (ids, end) in enumerate(await reading):
             assert ids == list(end.ids) == generated(direct, inputs[index], GREEDY)
         assert seen.preempted == 2
 
@@ -313,59 +338,54 @@ async def test_who_has_streamed_goes_on_when_others_can_start_again(
     checkpoint: Checkpoint, inputs: list[list[int]]
 ) -> None:
     put_back: list[str] = []
-    async with broken(checkpoint, speculation=False) as (client, faulty, _):
+    async with broken(checkpoint, speculation=False) as (client, faulty, seen):
+        engine: Any = client._engine
+        really = engine._put_back
+
+        def record(entries: list[Entry], error: Exception) -> None:
+            put_back.extend(entry.request.id for entry in entries)
+            really(entries, error)
+
+        engine._put_back = record
         faulty.on_step = once(MemoryError(), lambda all_: len(all_) == 4)
-        admitted: list[str] = []
-        faulty.on_admit = lambda new, there: admitted.extend(one.request.id for one in new)
         quiet = [
             asyncio.create_task(client.run(EngineRequest(f"quiet{i}", inputs[i], LONG)))
             for i in range(2)
         ]
         await until(lambda: client.load().running_requests == 2, "two run")
-        reading = [client.events(EngineRequest(f"s{i}", inputs[i], LONG, stream=True))
-                   for i in range(2)]  # fmt: skip
-        first = asyncio.create_task(anext(reading[0]))
-        await first
-        # With the fourth comes the fault. It streams as well, but has streamed nothing yet.
-        second = asyncio.create_task(anext(reading[1]))
-        await until(lambda: len(admitted) > 4 or client.load().waiting_requests, "some wait again")
-        # Rows are fewer for a while, so they wait until others are done.
-        put_back = [entry.request.id for entry in client._engine._waiting]  # type: ignore[attr-defined]
-        for task in (*quiet, second):
+        early = client.events(EngineRequest("early", inputs[2], LONG, stream=True))
+        assert isinstance(await anext(early), Tokens)
+        # With the fourth comes the fault. It streams as well, but nothing has come of it yet.
+        late = client.events(EngineRequest("late", inputs[3], LONG, stream=True))
+        reading = asyncio.create_task(anext(late))
+        await until(lambda: seen.preempted, "some are put back")
+        for task in (*quiet, reading):
             task.cancel()
-        await asyncio.gather(*quiet, second, return_exceptions=True)
-        for events in reading:
-            await events.aclose()
-    assert put_back == ["quiet1", "s1"]
+        await asyncio.gather(*quiet, reading, return_exceptions=True)
+        await early.aclose()
+    assert put_back == ["late", "quiet1"]
 
 
 async def test_rows_are_fewer_for_a_while(checkpoint: Checkpoint, inputs: list[list[int]]) -> None:
     short = GenerationSettings(min_new_tokens=2, max_new_tokens=2)
     async with broken(checkpoint, max_batch_size=8, speculation=False) as (client, faulty, seen):
 
-        async def most(count: int) -> int:
-            """Most documents in a step, of so many that come at once."""
+        async def most() -> int:
+            """Most documents in a step, of 24 that come at once."""
             faulty.most_seen = 0
-            blocker = asyncio.create_task(client.run(EngineRequest("b", inputs[0], LONG)))
-            await until(lambda: client.load().running_requests == 1, "one runs")
-            tasks = [
-                asyncio.create_task(client.run(EngineRequest(f"r{i}", inputs[i % 8], short)))
-                for i in range(count)
-            ]
-            outcomes = await asyncio.gather(*tasks)
+            requests = [EngineRequest(f"r{i}", inputs[i % 8], short) for i in range(24)]
+            outcomes = await together(client, faulty, requests)
             assert {type(one) for one in outcomes} == {Finished}
-            blocker.cancel()
-            await until(lambda: client.load().running_requests == 0, "nothing runs")
             return faulty.most_seen
 
         faulty.on_step = once(MemoryError(), lambda entries: len(entries) == 8)
-        assert await most(24) == 8
+        assert await most() == 8
         assert seen.preempted == 4
-        assert await most(24) == 4
-        # Twice as many rows after 256 steps without a fault.
-        for settings in (GenerationSettings(min_new_tokens=300, max_new_tokens=300),):
-            assert isinstance(await client.run(EngineRequest("s", inputs[0], settings)), Finished)
-        assert await most(24) == 8
+        assert await most() == 4
+        # Twice as many rows after 256 steps without a fault; so far there were a few dozen.
+        long = GenerationSettings(min_new_tokens=260, max_new_tokens=260)
+        assert isinstance(await client.run(EngineRequest("s", inputs[0], long)), Finished)
+        assert await most() == 8
 
 
 async def test_out_of_memory_in_encoding_the_batch_is_halved(
@@ -378,14 +398,10 @@ async def test_out_of_memory_in_encoding_the_batch_is_halved(
         if len(new) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    async with broken(checkpoint, max_batch_size=9) as (client, faulty, _):
-        blocker = asyncio.create_task(client.run(EngineRequest("b", inputs[0], LONG)))
-        await until(lambda: client.load().running_requests == 1, "one runs")
+    async with broken(checkpoint) as (client, faulty, _):
         faulty.on_admit = two_at_most
-        outcomes = await asyncio.gather(
-            *(client.run(EngineRequest(f"r{i}", ids, GREEDY)) for i, ids in enumerate(inputs))
-        )
-        blocker.cancel()
+        requests = [EngineRequest(f"r{i}", ids, GREEDY) for i, ids in enumerate(inputs)]
+        outcomes = await together(client, faulty, requests)
         assert max(sizes) > 2
         for ids, outcome in zip(inputs, outcomes, strict=True):
             assert isinstance(outcome, Finished)
@@ -468,25 +484,23 @@ async def test_documents_of_which_some_could_not_be_admitted_are_not_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch admits greedy documents and those with beams one after the other."""
-    admit, left = slots.Group.admit, [MemoryError()]
+    admit, left, greedy = slots.Group.admit, [MemoryError()], 0
 
     def fail(group: slots.Group, *args: Any) -> None:
-        if group.beams == 2 and left and len(args[0]) > 1:
+        nonlocal greedy
+        greedy += len(args[0]) if group.beams == 1 else 0
+        if group.beams == 2 and greedy > 1 and left:
             raise left.pop()
         admit(group, *args)
 
     monkeypatch.setattr(slots.Group, "admit", fail)
-    async with broken(checkpoint, "torch", max_batch_size=20) as (client, _, _):
-        blocker = asyncio.create_task(client.run(EngineRequest("b", inputs[0], LONG)))
-        await until(lambda: client.load().running_requests == 1, "one runs")
-        each = [GREEDY, BEAMS] * 4
-        outcomes = await asyncio.gather(
-            *(
-                client.run(EngineRequest(f"r{i}", ids, settings))
-                for i, (ids, settings) in enumerate(zip(inputs, each, strict=True))
-            )
-        )
-        blocker.cancel()
+    each = [GREEDY, BEAMS] * 4
+    async with broken(checkpoint, "torch") as (client, faulty, _):
+        requests = [
+            EngineRequest(f"r{i}", ids, settings)
+            for i, (ids, settings) in enumerate(zip(inputs, each, strict=True))
+        ]
+        outcomes = await together(client, faulty, requests)
         assert not left
         for ids, settings, outcome in zip(inputs, each, outcomes, strict=True):
             assert isinstance(outcome, Finished)
@@ -509,13 +523,12 @@ async def test_what_was_done_of_a_step_before_an_error_counts(
 
     monkeypatch.setattr(TorchRunner, "_step", fail)
     each = [GREEDY] * 4 + [BEAMS] * 4
-    async with broken(checkpoint, "torch") as (client, _, seen):
-        outcomes = await asyncio.gather(
-            *(
-                client.run(EngineRequest(f"r{i}", ids, settings))
-                for i, (ids, settings) in enumerate(zip(inputs, each, strict=True))
-            )
-        )
+    async with broken(checkpoint, "torch") as (client, faulty, seen):
+        requests = [
+            EngineRequest(f"r{i}", ids, settings)
+            for i, (ids, settings) in enumerate(zip(inputs, each, strict=True))
+        ]
+        outcomes = await together(client, faulty, requests)
         for ids, settings, outcome in zip(inputs, each, outcomes, strict=True):
             assert isinstance(outcome, Finished)
             assert list(outcome.ids) == generated(direct, ids, settings)
