@@ -13,7 +13,7 @@ NAMED = re.compile(r"(tests/[\w/]+\.py)(?:::(test_\w+))?")
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 
 
-def tests_in(path: Path) -> set[str]:
+def defined(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     return {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
@@ -24,7 +24,7 @@ def test_every_test_that_a_document_names_exists(document: Path) -> None:
     missing = [
         f"{module}::{test}" if test else module
         for module, test in NAMED.findall(document.read_text())
-        if not (ROOT / module).is_file() or (test and test not in tests_in(ROOT / module))
+        if not (ROOT / module).is_file() or (test and test not in defined(ROOT / module))
     ]
     assert missing == []
 
