@@ -44,8 +44,18 @@ $(VENV)/.installed: requirements-dev.lock pyproject.toml $(KERNELS)
 run: $(VENV)/.installed ## the service on the demo model, with its page (ARGS: t5-serve run --help)
 	@$(BIN)/t5-serve run $(ARGS)
 
-test: lint chart-tools ## everything: lint, types, unit and integration tests
+# Tests that start no Ray, in as many processes as there are processors here, up to four; torch with one
+# thread in each.
+WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) : 4 )))
+ALONE := tests/unit tests/chart tests/pipeline
+
+test: lint chart-tools ## everything: lint, types, all tests but the cluster's (ARGS: pytest's, to run some)
+ifeq ($(ARGS),)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile $(ALONE)
+	$(BIN)/pytest tests/integration
+else
 	$(BIN)/pytest $(ARGS)
+endif
 
 test-cluster: $(VENV)/.installed chart-tools ## a real Kubernetes cluster on this machine, and its tests (root, go)
 	$(BIN)/pytest tests/cluster --ignore=tests/cluster/delivery $(CLUSTER_TESTS) $(ARGS)

@@ -89,7 +89,9 @@ class Load:
         if self.host:
             headers["Host"] = self.host
         pending: set[asyncio.Task[None]] = set()
-        async with httpx.AsyncClient(limits=limits, timeout=self.timeout_s + 10, headers=headers) as client:
+        async with httpx.AsyncClient(
+            limits=limits, timeout=self.timeout_s + 10, headers=headers
+        ) as client:
             number = 0
             while not self._stop.is_set():
                 task = asyncio.create_task(self._one(client))
