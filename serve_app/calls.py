@@ -34,10 +34,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The replica's queue was full."""
+    """The replica's queue was full, or too long for the call's deadline."""
 
     message: str
-    load: EngineLoad
+    retry_after_s: float
 
 
 Outcome = Finished | Failed | Rejected

@@ -141,7 +141,7 @@ def finished(outcome: Outcome, limits: Limits) -> Finished:
         raise OverloadedError(
             outcome.message,
             limits.full_status,
-            outcome.load.retry_after_s(),
+            outcome.retry_after_s,
             limits.max_retry_after_s,
         )
     assert isinstance(outcome, Failed)

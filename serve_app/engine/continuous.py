@@ -53,7 +53,7 @@ class ContinuousEngine(EngineThread):
 
     @torch.inference_mode()
     def _work(self) -> None:
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.thread_time()
         self._drop_dead(began)
         encoded = self._admit()
         encode_seconds = time.monotonic() - began if encoded else 0.0
@@ -79,10 +79,13 @@ class ContinuousEngine(EngineThread):
             drafted = sum(advance.drafted for advance in advances)
             accepted = made - len(advances)
             self._leave([advance.entry for advance in advances if advance.output is not None])
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
+        seconds = ended - began
         with self._lock:
             self._tally.encoded(encoded, encode_seconds)
             self._tally.stepped(rows, documents, made, seconds - encode_seconds)
+            self._tally.cpu_s += time.thread_time() - cpu_began
+            self._pace.stepped(self._tally, ended)
         self._account(events, seconds)
         ran = BatchRan(documents, encoded, made, seconds, drafted, accepted, encode_seconds)
         # First what was done, then whom it was for: who sees an end counted sees its tokens, too.

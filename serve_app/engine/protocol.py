@@ -174,12 +174,24 @@ class EngineLoad:
 
 
 class QueueFullError(Exception):
-    """The engine's bounded queue cannot take the request. `load` is its state at that moment."""
+    """The engine's bounded queue cannot take the request. `load` is its state at that moment.
 
-    def __init__(self, message: str, load: EngineLoad) -> None:
+    `retry_after_s` is when to come back, and `outcome` how the refusal is counted.
+    """
+
+    outcome = "rejected"
+
+    def __init__(self, message: str, load: EngineLoad, retry_after_s: float | None = None) -> None:
         super().__init__(message, load)
         self.message = message
         self.load = load
+        self.retry_after_s = load.retry_after_s() if retry_after_s is None else retry_after_s
+
+
+class TooLateError(QueueFullError):
+    """The request would wait beyond its deadline."""
+
+    outcome = "too_late"
 
 
 class EngineStoppedError(Exception):
@@ -193,7 +205,8 @@ class Engine(Protocol):
         """Queue a request; its events follow through the callback given at construction.
 
         Raises:
-            QueueFullError: the bounded queue is full.
+            QueueFullError: the bounded queue is full, or (`TooLateError`) so much is before the
+                request that it would be late.
             EngineStoppedError: the engine is closing or dead.
         """
 

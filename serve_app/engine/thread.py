@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.pace import Pace
 from serve_app.engine.protocol import (
     Emit,
     EngineLoad,
@@ -23,6 +24,7 @@ from serve_app.engine.protocol import (
     FailureReason,
     Finished,
     QueueFullError,
+    TooLateError,
 )
 from serve_app.engine.queue import Entry, FairQueue
 from serve_app.engine.work import Meter, Tally, Work
@@ -101,20 +103,16 @@ class EngineThread:
 
     def submit(self, request: EngineRequest) -> None:
         """See `Engine.submit`."""
-        tokens = len(request.input_ids)
         with self._lock:
             if self._closing or not self._thread.is_alive():
                 raise EngineStoppedError("the engine has stopped")
             if request.id in self._by_id:
                 raise ValueError(f"request id {request.id!r} is already in the engine")
-            if len(self._waiting) >= self._max_waiting_requests:
-                limit = f"{self._max_waiting_requests} requests"
-                raise QueueFullError(f"the queue is full: {limit} are waiting", self._load())
-            # A request longer than the whole bound still gets in when nothing else waits.
-            if len(self._waiting) and self._waiting.tokens + tokens > self._max_waiting_tokens:
-                limit = f"{self._max_waiting_tokens} tokens"
-                raise QueueFullError(f"the queue is full: its limit is {limit}", self._load())
             entry = Entry(request, arrived=time.monotonic())
+            bounds = self._max_waiting_requests, self._max_waiting_tokens
+            if (bound := self._waiting.full(entry, *bounds)) is not None:
+                raise QueueFullError(f"the queue is full: {bound}", self._load())
+            self._refuse_late(entry)
             self._by_id[request.id] = entry
             self._waiting.push(entry)
             if request.deadline is not None:
@@ -185,6 +183,7 @@ class EngineThread:
             if self._threads:
                 torch.set_num_threads(self._threads)
             self._open()
+            self._pace = Pace(self._slots)
         except Exception as error:
             self._open_error = error
             return
@@ -276,6 +275,15 @@ class EngineThread:
         most = settings.max_new_tokens / meter.made_per_step
         steps = most if meter.steps is None else min(most, meter.steps)
         return settings.num_beams * max(steps - entry.made / meter.made_per_step, 1.0)
+
+    def _refuse_late(self, entry: Entry) -> None:
+        """Raise `TooLateError` for a request that would only wait to be late."""
+        running = [one for one in self._by_id.values() if one.started]
+        ahead = self._waiting.before(entry.request.share)
+        late_s = self._pace.late_s(entry, running, ahead, entry.arrived)
+        if late_s is not None:
+            message = f"the queue is too long: the request would be {late_s:.1f} s late"
+            raise TooLateError(message, self._load(), late_s)
 
     def _no_progress_s(self) -> float:
         if self._busy_since is None:

@@ -124,7 +124,8 @@ ENGINE_SERIES = (
     _histogram("t5_compute_ms", "Time of a document in the model.", LATENCY_MS),
     _counter(
         "t5_engine_requests",
-        "Documents by outcome: `finished`, `deadline`, `cancelled`, `error`, `rejected`.",
+        "Documents by outcome: `finished`, `deadline`, `cancelled`, `error`; refused at once, as "
+        "the queue is full, `rejected`, or as they would be late, `too_late`.",
         "outcome",
     ),
     _counter(
