@@ -20,6 +20,7 @@ from serve_app.engine.protocol import BatchRan, Event, Finished, FinishReason, T
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Advance, Plan, Runner
 from serve_app.engine.thread import EngineThread, broken, failure
+from serve_app.engine.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ContinuousEngine(EngineThread):
         self._runner = self._make_runner(self._checkpoint, plan)
         self._undrained_s = 0.0
         self._slots = self._runner.most_rows
+        self._turns = Turns(self._slots, self._max_batch_tokens)
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -101,31 +103,14 @@ class ContinuousEngine(EngineThread):
     def _admit(self) -> int:
         """Encode waiting documents and give them slots; returns how many tokens that took."""
         with self._lock:
-            admitted = self._pull()
             now = time.monotonic()
+            admitted = self._turns.pull(self._waiting, self._runner.entries, now)
             for entry in admitted:
                 entry.started = now
         if admitted:
             self._encode(admitted)
             self._update_running()
         return sum(entry.tokens for entry in admitted)
-
-    def _pull(self) -> list[Entry]:
-        """Take from the queue, in turn, what fits into free rows and the encoder's budget."""
-        pulled: list[Entry] = []
-        rows = self._runner.rows
-        longest = 0
-        while len(self._waiting):
-            entry = self._waiting.peek()
-            rows += entry.request.settings.num_beams
-            longest = max(longest, entry.tokens)
-            # More beams than rows, or more tokens than the budget: alone, it may all the same.
-            fits = rows <= self._runner.most_rows or rows == entry.request.settings.num_beams
-            affordable = not pulled or longest * (len(pulled) + 1) <= self._max_batch_tokens
-            if not (fits and affordable):
-                break
-            pulled.append(self._waiting.pop())
-        return pulled
 
     def _encode(self, batch: list[Entry]) -> None:
         """Encode documents and give them slots. Those that cannot be encoded fail alone."""

@@ -118,16 +118,16 @@ class FairQueue:
         self._length += 1
         self.tokens += entry.tokens
 
-    def peek(self, but: Container[str] = ()) -> Entry:
-        """The entry whose turn it is, of shares not in `but`. Raises `IndexError`: none waits."""
-        heads = [line[0] for share, line in self._lines.items() if share not in but]
-        if not heads:
-            raise IndexError("the queue is empty")
-        return min(heads, key=_turn)
+    def peek(self, but: Container[str] = ()) -> Entry | None:
+        """The entry whose turn it is, of shares not in `but`; None: none waits."""
+        heads = (line[0] for share, line in self._lines.items() if share not in but)
+        return min(heads, key=_turn, default=None)
 
     def pop(self, but: Container[str] = ()) -> Entry:
-        """Take the entry that `peek` has."""
+        """Take the entry that `peek` has. Raises `IndexError`: none waits."""
         entry = self.peek(but)
+        if entry is None:
+            raise IndexError("the queue is empty")
         self._now = max(self._now, entry.turn[0])
         share = entry.request.share
         self._lines[share].popleft()

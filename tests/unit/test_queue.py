@@ -32,8 +32,9 @@ def test_shares_take_turns_and_keep_their_order() -> None:
     assert names(list(queue)) == expected
     assert names([queue.pop() for _ in range(6)]) == expected
     assert len(queue) == queue.tokens == 0
+    assert queue.peek() is None
     with pytest.raises(IndexError):
-        queue.peek()
+        queue.pop()
 
 
 def test_a_newcomer_comes_next_whatever_the_others_have() -> None:
