@@ -166,7 +166,7 @@ class Summarizer:
     def _refused(self, call: Call, error: QueueFullError | EngineStoppedError) -> Outcome:
         if isinstance(error, QueueFullError):
             self._metrics.rejected(error.outcome)
-            return Rejected(error.message, error.retry_after_s)
+            return Rejected(error.message, error.retry_after_s, error.late_s)
         failed = Failed(call.id, FailureReason.CANCELLED, str(error))
         self._metrics.event(failed)
         return failed

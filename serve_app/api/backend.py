@@ -17,6 +17,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from serve_app.api.gate import Gate
 from serve_app.calls import Call, Outcome, Probe, Rejected
 from serve_app.config import Limits
 from serve_app.engine.protocol import Failed, FailureReason, Finished, Tokens
@@ -48,15 +49,20 @@ class RayBackend:
         self._probe = handle.options(method_name="probe")
         self._limits = limits
         self._tracing = tracing
+        self._gate = Gate()
 
     async def run(self, call: Call) -> Finished:
         """See `Backend.run`. A call whose replica dies is run once more elsewhere."""
+        if (refusal := self._gate.refusal(call)) is not None:
+            return finished(refusal, self._limits)
         for last in (False, True):
             try:
                 with self._attempt(call) as sent:
                     response = self._run.remote(sent)
                     try:
-                        return finished(await response, self._limits)
+                        answer = await response
+                        self._gate.saw(call, answer)
+                        return finished(answer, self._limits)
                     except asyncio.CancelledError:
                         response.cancel()  # type: ignore[no-untyped-call]
                         raise
@@ -68,6 +74,8 @@ class RayBackend:
 
     async def stream(self, call: Call) -> AsyncGenerator[Tokens | Finished]:
         """See `Backend.stream`. Tried once more only while nothing has been streamed."""
+        if (refusal := self._gate.refusal(call)) is not None:
+            yield finished(refusal, self._limits)
         for last in (False, True):
             started = False
             try:
@@ -85,6 +93,7 @@ class RayBackend:
                         response.cancel()
                         raise
                     assert outcome is not None, "a stream ends with its outcome"
+                    self._gate.saw(call, outcome)
                     output = finished(outcome, self._limits)
                 # Outside of the span: a reader that has its result may close this generator.
                 yield output

@@ -180,6 +180,7 @@ class QueueFullError(Exception):
     """
 
     outcome = "rejected"
+    late_s: float | None = None
 
     def __init__(self, message: str, load: EngineLoad, retry_after_s: float | None = None) -> None:
         super().__init__(message, load)
@@ -189,9 +190,18 @@ class QueueFullError(Exception):
 
 
 class TooLateError(QueueFullError):
-    """The request would wait beyond its deadline."""
+    """The request would be done `late_s` after its deadline, or too close to it."""
 
     outcome = "too_late"
+
+    def __init__(self, late_s: float, load: EngineLoad) -> None:
+        super().__init__(self.text(late_s), load, late_s)
+        self.late_s = late_s
+
+    @staticmethod
+    def text(late_s: float) -> str:
+        """What a caller is told."""
+        return f"the queue is too long: the request would be {late_s:.1f} s late"
 
 
 class EngineStoppedError(Exception):

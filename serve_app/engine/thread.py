@@ -282,8 +282,7 @@ class EngineThread:
         ahead = self._waiting.before(entry.request.share)
         late_s = self._pace.late_s(entry, running, ahead, entry.arrived)
         if late_s is not None:
-            message = f"the queue is too long: the request would be {late_s:.1f} s late"
-            raise TooLateError(message, self._load(), late_s)
+            raise TooLateError(late_s, self._load())
 
     def _no_progress_s(self) -> float:
         if self._busy_since is None:
