@@ -104,7 +104,7 @@ class ContinuousEngine(EngineThread):
         """Encode waiting documents and give them slots; returns how many tokens that took."""
         with self._lock:
             now = time.monotonic()
-            admitted = self._turns.pull(self._waiting, self._runner.entries, now)
+            admitted = self._turns.pull(self._waiting, self._runner.entries, self._pace, now)
             for entry in admitted:
                 entry.started = now
         if admitted:

@@ -13,7 +13,8 @@ corrected:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 from serve_app.engine.queue import Entry
 from serve_app.engine.work import Meter, Tally
@@ -48,8 +49,30 @@ class Pace:
         self._meter.read(tally)
         self._read_at = now
 
+    def step_s(self, entry: Entry, now: float) -> float:
+        """How long a step may take for `entry` to end in time. Infinite: as long as it likes."""
+        deadline = entry.request.deadline
+        if deadline is None or not self._known(now):
+            return math.inf
+        # While some are encoded, there are no steps.
+        left = _MARGIN * (deadline - now) * (1 - self._meter.encoding)
+        return left / self._steps(entry)
+
+    def rows(self, steps_s: Iterable[float], used: int) -> int:
+        """Rows that the batch may have, of which so many are used, for steps to take no longer.
+
+        A batch so full that nobody in it ends in time does nothing but cost. Those who will be late
+        whoever else comes, or alone, count for nothing.
+        """
+        fixed_s, more_s = self._meter.step
+        least_s = fixed_s + max(used, 1) * more_s
+        tightest = min((one for one in steps_s if one >= least_s), default=math.inf)
+        if more_s <= 0 or tightest == math.inf:
+            return self._slots
+        return max(min(int((tightest - fixed_s) / more_s), self._slots), used, 1)
+
     def expected_s(
-        self, entry: Entry, running: Iterable[Entry], ahead: Iterable[Entry], now: float
+        self, entry: Entry, running: Sequence[Entry], ahead: Iterable[Entry], now: float
     ) -> float | None:
         """Seconds until the last token of `entry`, if those `ahead` of it all come first.
 
@@ -58,32 +81,31 @@ class Pace:
         Returns:
             None: it begins at once, or nobody knows.
         """
-        rows = [0.0] * self._slots
-        used = 0
-        for one in running:
-            for row in range(used, min(used + _rows(one), self._slots)):
-                rows[row] = self._steps(one)
-            used += _rows(one)
-        waiting = list(ahead)
-        if used + sum(map(_rows, waiting)) + _rows(entry) <= self._slots:
-            return None
         if not self._known(now):
             return None
-        heapq.heapify(rows)
+        used = sum(map(_rows, running))
+        waiting = [*ahead, entry]
+        most = self.rows((self.step_s(one, now) for one in (*running, *waiting)), used)
+        if used + sum(map(_rows, waiting)) <= most:
+            return None
+        free_at = [self._steps(one) for one in running for _ in range(_rows(one))]
+        free_at += [0.0] * (most - used)
+        heapq.heapify(free_at)
         steps = 0.0
-        for one in (*waiting, entry):
-            taken = min(_rows(one), self._slots)
-            begins = [heapq.heappop(rows) for _ in range(taken)][-1]
+        for one in waiting:
+            taken = min(_rows(one), len(free_at))
+            begins = [heapq.heappop(free_at) for _ in range(taken)][-1]
             steps = begins + self._steps(one)
             for _ in range(taken):
-                heapq.heappush(rows, steps)
-        # A step of a full batch; and all that is encoded meanwhile is encoded between two steps.
-        tokens = entry.tokens + sum(one.tokens for one in waiting)
-        seconds = steps * self._slots * self._meter.row_s + tokens * self._meter.token_s
+                heapq.heappush(free_at, steps)
+        # All that is encoded meanwhile is encoded between two steps.
+        fixed_s, more_s = self._meter.step
+        tokens = sum(one.tokens for one in waiting)
+        seconds = steps * (fixed_s + most * more_s) + tokens * self._meter.token_s
         return min(seconds, _BAD_TIME_S + seconds * self._meter.computing)
 
     def late_s(
-        self, entry: Entry, running: Iterable[Entry], ahead: Iterable[Entry], now: float
+        self, entry: Entry, running: Sequence[Entry], ahead: Iterable[Entry], now: float
     ) -> float | None:
         """By how many seconds the entry's deadline is too early; None: it is not, or who knows."""
         if entry.request.deadline is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable
 
+from serve_app.engine.pace import Pace
 from serve_app.engine.queue import Entry, FairQueue
 
 _RECENT_S = 10.0
@@ -28,11 +29,18 @@ class Turns:
         self._tokens = tokens
         self._seen: deque[tuple[str, float]] = deque(maxlen=2)  # two shares, the last one last
 
-    def pull(self, queue: FairQueue, running: Iterable[Entry], now: float) -> list[Entry]:
-        """Take, in turn, what fits into free rows and the encoder's budget."""
+    def pull(
+        self, queue: FairQueue, running: Iterable[Entry], pace: Pace, now: float
+    ) -> list[Entry]:
+        """Take, in turn, what fits into free rows and the encoder's budget.
+
+        And no more than lets all of them still end in time, as `pace` has it.
+        """
         used = Counter[str]()
+        steps_s: list[float] = []  # how long a step may take
         for one in running:
             used[one.request.share] += one.request.settings.num_beams
+            steps_s.append(pace.step_s(one, now))
         rows, longest = used.total(), 0
         pulled: list[Entry] = []
         pulled_of = Counter[str]()
@@ -40,17 +48,18 @@ class Turns:
         while (entry := queue.peek(held)) is not None:
             share, beams = entry.request.share, entry.request.settings.num_beams
             padded = max(longest, entry.tokens)
-            # More beams than rows, or more tokens than the budget: alone, it may all the same.
-            if rows and rows + beams > self._rows:
-                break
-            if pulled and padded * (len(pulled) + 1) > self._tokens:
-                break
             part = _PART if self._others(share, now) else 1
             crowded = used[share] and (used[share] + beams) * part > self._rows
             costly = pulled_of[share] and padded * (pulled_of[share] + 1) * part > self._tokens
             if crowded or costly:
                 held.add(share)
                 continue
+            steps_s.append(pace.step_s(entry, now))
+            # More beams than rows, or more tokens than the budget: alone, it may all the same.
+            if rows and rows + beams > min(self._rows, pace.rows(steps_s, rows)):
+                break
+            if pulled and padded * (len(pulled) + 1) > self._tokens:
+                break
             pulled.append(queue.pop(held))
             self._saw(share, now)
             rows, longest = rows + beams, padded

@@ -104,10 +104,19 @@ class Meter:
 
     @property
     def row_s(self) -> float:
-        """Seconds of a row in a step of a full batch: a line through steps' times over rows."""
+        """Seconds of a row in a step of a full batch."""
+        if not self._recent.rows:
+            return 0.0
+        full = max(self._slots, self._recent.rows / self._recent.steps)
+        fixed_s, more_s = self.step
+        return more_s + fixed_s / full
+
+    @property
+    def step(self) -> tuple[float, float]:
+        """Seconds of any step, and more of them for each row: a line through steps' times."""
         seen = self._recent
         if not seen.rows:
-            return 0.0
+            return 0.0, 0.0
         rows, seconds = seen.rows / seen.steps, seen.step_s / seen.steps
         proportional = seconds / rows
         belief = _BELIEF * rows * rows
@@ -115,7 +124,7 @@ class Meter:
         variance = max(seen.squares / seen.steps - rows * rows, 0.0)
         slope = (covariance + belief * proportional) / (variance + belief)
         slope = min(max(slope, 0.0), proportional)
-        return slope + (seconds - slope * rows) / max(self._slots, rows)
+        return seconds - slope * rows, slope
 
     @property
     def steps(self) -> float | None:
@@ -129,6 +138,12 @@ class Meter:
     def made_per_step(self) -> float:
         """Tokens that a step makes of a document; above 1 where looked-up ones are right."""
         return self._recent.made / self._recent.documents if self._recent.documents else 1.0
+
+    @property
+    def encoding(self) -> float:
+        """Which part of the time at work went into encoding."""
+        seen = self._recent
+        return seen.encode_s / max(seen.encode_s + seen.step_s, 1e-9)
 
     @property
     def computing(self) -> float:

@@ -84,6 +84,23 @@ def test_who_begins_at_once_is_never_late() -> None:
     assert pace.late_s(entry(1.001), [entry()] * 4, [], now=1.0) is not None
 
 
+def test_a_batch_is_no_fuller_than_lets_those_in_it_end_in_time() -> None:
+    # A row takes 2.5 ms of a step, and two thirds of the time are for encoding. Of 0.2 s 0.18 are
+    # counted on, 0.06 of them for 10 steps.
+    pace = paced()
+    step_s = pace.step_s(entry(1.0 + 0.2), now=1.0)
+    assert step_s == pytest.approx(0.006)
+    assert pace.rows([step_s], used=0) == pace.rows([step_s, 1.0], used=2) == 2
+    # With three in it, it is late anyway.
+    assert pace.rows([step_s], used=3) == 4
+    assert pace.rows([pace.step_s(entry(None), now=1.0)], used=0) == 4
+    # Two rows that one with time for two steps of two rows uses: who comes third waits for one.
+    running = [entry(1.0 + 0.2), entry(1.0 + 0.2)]
+    expected = pace.expected_s(entry(100.0), running, [], now=1.0)
+    assert expected == pytest.approx(20 * 0.005 + 0.005)
+    assert pace.expected_s(entry(100.0), running[:1], [], now=1.0) is None
+
+
 def test_what_was_measured_long_ago_refuses_nobody() -> None:
     pace, full = paced(step_s=100.0), [entry()] * 4
     assert pace.late_s(entry(2.0), full, [], now=5.9) is not None

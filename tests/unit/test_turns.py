@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from serve_app.engine.pace import Pace
 from serve_app.engine.protocol import EngineRequest, GenerationSettings
 from serve_app.engine.queue import Entry, FairQueue
 from serve_app.engine.turns import Turns
+from serve_app.engine.work import Tally
 
 
 class Batch:
@@ -14,24 +16,44 @@ class Batch:
         self.queue = FairQueue()
         self.running: list[Entry] = []
         self.turns = Turns(rows, tokens)
+        self.pace = Pace(rows)
         self._numbers = iter(range(1_000))
 
-    def wait(self, share: str, count: int = 1, tokens: int = 10, beams: int = 1) -> None:
+    def wait(
+        self,
+        share: str,
+        count: int = 1,
+        tokens: int = 10,
+        beams: int = 1,
+        deadline: float | None = None,
+    ) -> None:
         for _ in range(count):
             name = f"{share}{next(self._numbers)}"
             settings = GenerationSettings(num_beams=beams, max_new_tokens=10)
-            request = EngineRequest(name, [1] * tokens, settings, share=share)
+            request = EngineRequest(name, [1] * tokens, settings, deadline, share=share)
             self.queue.push(Entry(request, arrived=0.0))
 
     def pull(self, now: float = 0.0) -> str:
         """The shares of those who begin, in order."""
-        pulled = self.turns.pull(self.queue, self.running, now)
+        pulled = self.turns.pull(self.queue, self.running, self.pace, now)
         self.running += pulled
         return "".join(entry.request.share for entry in pulled)
 
     def leave(self, share: str, count: int) -> None:
         for _ in range(count):
             self.running.remove(next(e for e in self.running if e.request.share == share))
+
+
+def measured(rows: int) -> Batch:
+    """With steps of 1 ms and 1 ms a row, 10 of them a document, and nothing of note to encode."""
+    batch, tally = Batch(rows), Tally()
+    batch.pace.stepped(tally, now=-1.0)
+    tally.encoded(1_000, 1e-9)
+    for count in (1, rows) * 500:
+        tally.stepped(count, count, count, 0.001 + 0.001 * count)
+    tally.finished = tally.made / 10
+    batch.pace.stepped(tally, now=0.0)
+    return batch
 
 
 def test_a_share_alone_gets_all_rows() -> None:
@@ -83,6 +105,20 @@ def test_what_is_encoded_at_once_is_bound_for_all_and_for_a_share_beside_others(
     batch = Batch(rows=8, tokens=50)
     batch.wait("a", 2, tokens=100)
     assert batch.pull() == "a"
+
+
+def test_rows_stay_free_where_one_more_would_make_the_others_late() -> None:
+    batch = measured(rows=8)
+    # 9 tenths of 0.05 s for 10 steps: 4.5 ms each, those of 3 rows.
+    batch.wait("a", 8, deadline=0.05)
+    assert batch.pull(now=0.0) == "aaa"
+    assert batch.pull(now=0.0) == ""
+    batch.leave("a", 1)
+    assert batch.pull(now=0.0) == "a"
+    # Of those who will be late anyway nobody takes care.
+    batch = measured(rows=8)
+    batch.wait("a", 8, deadline=0.0)
+    assert batch.pull(now=0.0) == "a" * 8
 
 
 def test_more_beams_than_rows_begin_in_an_empty_batch() -> None:
