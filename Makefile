@@ -22,7 +22,7 @@ BUILDER ?= docker
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-precision bench-verify
+.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-overload bench-precision bench-verify
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,8 +44,18 @@ $(VENV)/.installed: requirements-dev.lock pyproject.toml $(KERNELS)
 run: $(VENV)/.installed ## the service on the demo model, with its page (ARGS: t5-serve run --help)
 	@$(BIN)/t5-serve run $(ARGS)
 
-test: lint chart-tools ## everything: lint, types, unit and integration tests
+# Tests that start no Ray, in as many processes as there are processors here, up to four; torch with one
+# thread in each.
+WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) : 4 )))
+ALONE := tests/unit tests/chart tests/pipeline
+
+test: lint chart-tools ## everything: lint, types, all tests but the cluster's (ARGS: pytest's, to run some)
+ifeq ($(ARGS),)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile $(ALONE)
+	$(BIN)/pytest tests/integration
+else
 	$(BIN)/pytest $(ARGS)
+endif
 
 test-cluster: $(VENV)/.installed chart-tools ## a real Kubernetes cluster on this machine, and its tests (root, go)
 	$(BIN)/pytest tests/cluster --ignore=tests/cluster/delivery $(CLUSTER_TESTS) $(ARGS)
@@ -159,6 +169,9 @@ bench-engine: $(VENV)/.installed ## the engine against transformers and CTransla
 bench-observability: $(VENV)/.installed ## what usage events, metrics and traces cost (ARGS: --help)
 	$(BIN)/python -m bench.observability_parts
 	$(BIN)/python -m bench.observability $(ARGS)
+
+bench-overload: $(VENV)/.installed ## three times the load it can bear, a retry storm, fair share (ARGS: --quick)
+	$(BIN)/python -m bench.overload $(ARGS)
 
 bench-precision: $(VENV)/.installed ## what bfloat16 and int8 change in the demo model's summaries
 	$(BIN)/python -m bench.precision

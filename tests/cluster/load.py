@@ -38,12 +38,14 @@ class Load:
         token: bearer token.
         rate: requests per second.
         host: to send in place of the URL's.
+        timeout_s: deadline of a request; longer where a machine has more to do than processors.
     """
 
     url: str
     token: str
     rate: float
     host: str | None = None
+    timeout_s: float = 50
     answers: list[Answer] = field(default_factory=list)
 
     def __enter__(self) -> Load:
@@ -87,7 +89,9 @@ class Load:
         if self.host:
             headers["Host"] = self.host
         pending: set[asyncio.Task[None]] = set()
-        async with httpx.AsyncClient(limits=limits, timeout=60, headers=headers) as client:
+        async with httpx.AsyncClient(
+            limits=limits, timeout=self.timeout_s + 10, headers=headers
+        ) as client:
             number = 0
             while not self._stop.is_set():
                 task = asyncio.create_task(self._one(client))
@@ -102,7 +106,7 @@ class Load:
         try:
             answer = await client.post(
                 f"{self.url}/v1/summarize",
-                json={"text": TEXT, "timeout_s": 50},
+                json={"text": TEXT, "timeout_s": self.timeout_s},
                 headers={"X-Request-Id": request_id},
             )
             status = answer.status_code

@@ -10,6 +10,9 @@ from tests.cluster.load import Load
 from tests.cluster.release import Release
 
 _RATE = 4.0
+# A second cluster starts beside the one that serves, on the same processors.
+_RATE_BESIDE_A_START = 1.0
+_TIMEOUT_BESIDE_A_START_S = 230.0
 
 
 def test_a_change_of_scaling_touches_no_replica(
@@ -65,8 +68,10 @@ def test_a_new_image_builds_a_new_cluster(
     other = release.image + "-next"
     machine.tag(release.image, other)
     cluster, began = kube.active_cluster(), time.monotonic()
-    with Load(release.url, token, _RATE) as load:
-        release.upgrade(image=other)
+    load = Load(release.url, token, _RATE_BESIDE_A_START, timeout_s=_TIMEOUT_BESIDE_A_START_S)
+    with load:
+        # With the two engine replicas that the next tests want.
+        release.upgrade("--set=summarizer.autoscaling_config.min_replicas=2", image=other)
         kube.until(
             "the new cluster serves",
             lambda: kube.serving() and kube.active_cluster() != cluster,

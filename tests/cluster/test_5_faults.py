@@ -12,7 +12,9 @@ from tests.cluster.load import Load
 from tests.cluster.release import Release
 from tests.cluster.sidecar import SidecarLogs
 
-_RATE = 4.0
+# Replicas start on the processors that serve.
+_RATE = 2.0
+_TIMEOUT_S = 230.0
 _SETTLE_S = 5.0
 
 
@@ -30,7 +32,7 @@ def test_a_replica_is_killed(
 ) -> None:
     before = kube.replicas(deployment)
     victim = next(iter(before))
-    with SidecarLogs() as logs, Load(release.url, token, _RATE) as load:
+    with SidecarLogs() as logs, Load(release.url, token, _RATE, timeout_s=_TIMEOUT_S) as load:
         time.sleep(_SETTLE_S)
         pod, number = victim.split("/")
         began, killed = time.monotonic(), load.now()
@@ -61,7 +63,7 @@ def test_a_worker_pod_is_deleted(
     release: Release, token: str, figure: Callable[[str, str], None], component: str
 ) -> None:
     victim, count = sorted(kube.names(kube.pods(component)))[0], len(kube.pods(component))
-    with SidecarLogs() as logs, Load(release.url, token, _RATE) as load:
+    with SidecarLogs() as logs, Load(release.url, token, _RATE, timeout_s=_TIMEOUT_S) as load:
         time.sleep(_SETTLE_S)
         began = time.monotonic()
         kube.kubectl("delete", "pod", victim, "--wait=false")
@@ -90,7 +92,7 @@ def test_the_head_pod_is_killed(
 ) -> None:
     before = kube.head()
     api, engines = set(kube.replicas("Api")), set(kube.replicas("Summarizer"))
-    with Load(release.url, token, _RATE) as load:
+    with Load(release.url, token, _RATE, timeout_s=_TIMEOUT_S) as load:
         time.sleep(_SETTLE_S)
         began, since = time.monotonic(), load.now()
         kube.kubectl("delete", "pod", before, "--grace-period=0", "--force")

@@ -25,6 +25,7 @@ from serve_app.app import build
 from serve_app.calls import Probe
 from serve_app.config import ServiceSettings
 from serve_app.tokens import create
+from tests.texts import texts
 
 HOST = "127.0.0.1"
 
@@ -79,7 +80,7 @@ class Service:
         """Headers of an authorized request."""
         return {"Authorization": f"Bearer {self.token}"}
 
-    def client(self, timeout: float = 120) -> httpx.Client:
+    def client(self, timeout: float = 300) -> httpx.Client:
         """An authorized HTTP client."""
         return httpx.Client(headers=self.headers, timeout=timeout, limits=httpx.Limits())
 
@@ -87,6 +88,26 @@ class Service:
         """POST JSON with the service's token."""
         with self.client() as client:
             return client.post(self.url + path, json=body, **options)
+
+    def stays(self, seconds: float, at_most: int, **options: Any) -> dict[str, Any]:
+        """A request that the idle engine works on for about so many seconds, as it measures.
+
+        A step takes ten times as long on one machine as on another. `at_most` are tokens.
+        """
+
+        def body(tokens: int) -> dict[str, Any]:
+            size = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+            return {"text": texts(1)[0], "timeout_s": 300, **size, **options}
+
+        tokens = 64
+        while True:
+            began = time.monotonic()
+            assert self.post("/v1/summarize", body(tokens)).status_code == 200
+            step_s = (time.monotonic() - began) / tokens
+            # A short one is mostly the way to the engine and back.
+            if tokens * step_s > 0.5 or tokens * 4 > at_most:
+                return body(max(1, min(at_most, int(seconds / step_s))))
+            tokens *= 4
 
     def probe(self) -> Probe:
         """Load figures of one replica's engine."""
@@ -119,28 +140,43 @@ def cluster() -> Iterator[Cluster]:
     ray.shutdown()
 
 
-Deploy = Callable[..., Service]
+class Deployer:
+    """Deploys applications with the given settings, each under a path of its own."""
 
+    def __init__(self, cluster: Cluster, folders: pytest.TempPathFactory) -> None:
+        self._cluster = cluster
+        self._folders = folders
+        self._names: list[str] = []
 
-@pytest.fixture(scope="session")
-def deploy(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Deploy:
-    """Deploys an application with the given settings under a path of its own."""
-
-    def run(name: str, prefix: str, **settings: Any) -> Service:
-        tokens_file = tmp_path_factory.mktemp(name) / "tokens.json"
+    def __call__(self, name: str, prefix: str, **settings: Any) -> Service:
+        tokens_file = self._folders.mktemp(name) / "tokens.json"
         _, token = create(tokens_file, "tester", None)
         settings.setdefault("auth", {"tokens_file": str(tokens_file)})
         settings.setdefault("usage", {"folder": str(tokens_file.with_name("usage"))})
-        # Replicas share two cores with the tests: a stall is minutes here, not seconds.
         arguments = ServiceSettings.model_validate(settings)
+        self._names.append(name)
         serve.run(build(arguments), name=name, route_prefix=prefix)
-        url = cluster.url + prefix.rstrip("/")
-        return Service(name, url, token, tokens_file, cluster)
+        url = self._cluster.url + prefix.rstrip("/")
+        return Service(name, url, token, tokens_file, self._cluster)
 
-    return run
+    def close(self) -> None:
+        """Delete them: the next ones need memory and processors, too."""
+        for name in self._names:
+            serve.delete(name)
+
+
+Deploy = Callable[..., Service]
+
+
+@pytest.fixture(scope="module")
+def deploy(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deploy]:
+    """See `Deployer`. What a module has deployed ends with it."""
+    deployer = Deployer(cluster, tmp_path_factory)
+    yield deployer
+    deployer.close()
 
 
 @pytest.fixture(scope="session")
-def service(deploy: Deploy) -> Service:
+def service(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Service:
     """The service as `make run` starts it: demo model, token auth, one replica, at `/`."""
-    return deploy("main", "/")
+    return Deployer(cluster, tmp_path_factory)("main", "/")

@@ -14,11 +14,8 @@ from tests.integration.conftest import Deploy, Service, until
 from tests.texts import texts
 
 TEXT = texts(1)[0]
-BUSY = {"text": TEXT, "min_new_tokens": 400, "max_new_tokens": 400}
 SHORT = {"text": TEXT, "max_new_tokens": 8}
-# Still there after some other requests, on any machine.
-STEPS = 4_000
-STAYS = {"text": TEXT, "min_new_tokens": STEPS, "max_new_tokens": STEPS}
+STEPS = 8_000
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -30,10 +27,11 @@ def test_a_full_queue_says_when_to_come_back(deploy: Deploy, status: int) -> Non
         engine={"max_waiting_requests": 2, "max_batch_size": 1, "speculation": False},
         limits={"full_status": status, "max_retry_after_s": 60, "max_new_tokens": STEPS},
     )
+    stays = service.stays(8, at_most=STEPS)
     with ThreadPoolExecutor(8) as pool:
-        running = pool.submit(service.post, "/v1/summarize", STAYS)
+        running = pool.submit(service.post, "/v1/summarize", stays)
         until(lambda: service.probe().load.running_requests == 1, "one runs")
-        waiting = [pool.submit(service.post, "/v1/summarize", STAYS) for _ in range(2)]
+        waiting = [pool.submit(service.post, "/v1/summarize", stays) for _ in range(2)]
         until(lambda: service.probe().load.waiting_requests == 2, "two wait")
 
         load = service.probe().load
@@ -68,12 +66,11 @@ def test_a_full_queue_says_when_to_come_back(deploy: Deploy, status: int) -> Non
 
 
 def test_requests_of_a_replica_killed_while_busy_are_answered_by_the_other(deploy: Deploy) -> None:
-    many = 2_000  # it must be seen at work
     service = deploy(
         "pair", "/pair", auth="off", replicas="2", engine={"speculation": False},
-        limits={"max_new_tokens": many},
+        limits={"max_new_tokens": STEPS},
     )  # fmt: skip
-    body = {"text": TEXT, "min_new_tokens": many, "max_new_tokens": many, "timeout_s": 200}
+    body = service.stays(3, at_most=STEPS)  # they must be seen at work
     with ThreadPoolExecutor(16) as pool:
         requests: list[Future[httpx.Response]] = [
             pool.submit(service.post, "/v1/summarize", body) for _ in range(16)

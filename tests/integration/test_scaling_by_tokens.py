@@ -51,4 +51,3 @@ def test_work_adds_replicas_and_idleness_takes_them_away(deploy: Deploy) -> None
         for one in asking:
             one.result()
     until(lambda: running(service) == 1, "it has gone again", 150)
-    serve.delete(service.name)
