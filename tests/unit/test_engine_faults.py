@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import pytest
@@ -146,11 +147,16 @@ def once(error: Exception, when: Callable[[list[Entry]], bool]) -> Callable[[lis
     return fault
 
 
-def generated(direct: Direct, ids: list[int], settings: GenerationSettings) -> list[int]:
+@cache
+def _generated(direct: Direct, ids: tuple[int, ...], settings: GenerationSettings) -> list[int]:
     said = asdict(settings)
     if settings.num_beams == 1:
         del said["length_penalty"], said["early_stopping"]
     return direct.generate(ids, **said)
+
+
+def generated(direct: Direct, ids: list[int], settings: GenerationSettings) -> list[int]:
+    return _generated(direct, tuple(ids), settings)
 
 
 @pytest.fixture(scope="module")
