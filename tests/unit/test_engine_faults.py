@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import pytest
@@ -146,11 +147,16 @@ def once(error: Exception, when: Callable[[list[Entry]], bool]) -> Callable[[lis
     return fault
 
 
-def generated(direct: Direct, ids: list[int], settings: GenerationSettings) -> list[int]:
+@cache
+def _generated(direct: Direct, ids: tuple[int, ...], settings: GenerationSettings) -> list[int]:
     said = asdict(settings)
     if settings.num_beams == 1:
         del said["length_penalty"], said["early_stopping"]
     return direct.generate(ids, **said)
+
+
+def generated(direct: Direct, ids: list[int], settings: GenerationSettings) -> list[int]:
+    return _generated(direct, tuple(ids), settings)
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +459,7 @@ async def test_caches_that_could_not_grow_are_as_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernels have addresses of what must grow."""
-    wide = GenerationSettings(min_new_tokens=1_000, max_new_tokens=1_000)
+    wide = GenerationSettings(min_new_tokens=200, max_new_tokens=200)
     allocate, allocations = state.empty, 0
 
     def no_memory(*args: Any) -> Any:
@@ -463,16 +469,18 @@ async def test_caches_that_could_not_grow_are_as_before(
             raise MemoryError
         return allocate(*args)
 
-    async with broken(checkpoint, native.supported()[0]) as (client, _, _):
-        asked = GenerationSettings(min_new_tokens=300, max_new_tokens=300)
-        running = asyncio.create_task(client.run(EngineRequest("r", inputs[0], asked)))
+    async with broken(checkpoint, native.supported()[0]) as (client, faulty, _):
+        faulty.gate.clear()
+        running = asyncio.create_task(client.run(EngineRequest("r", inputs[0], GREEDY)))
         await until(lambda: client.load().running_requests == 1, "it runs")
         monkeypatch.setattr(state, "empty", no_memory)
         # More new tokens than the model's own limit: there is no room for them yet.
         wider = asyncio.create_task(client.run(EngineRequest("w", inputs[1], wide)))
+        await until(lambda: client.load().waiting_requests == 1, "it waits")
+        faulty.gate.set()
         outcomes = [await running, await wider]
         assert allocations > 3  # it was tried again, and could
-        for ids, settings, outcome in zip(inputs, (asked, wide), outcomes, strict=False):
+        for ids, settings, outcome in zip(inputs, (GREEDY, wide), outcomes, strict=False):
             assert isinstance(outcome, Finished), outcome
             assert list(outcome.ids) == generated(direct, ids, settings)
 
