@@ -71,6 +71,14 @@ class Pace:
             return self._slots
         return max(min(int((tightest - fixed_s) / more_s), self._slots), used, 1)
 
+    def must_wait(self, step_s: float, rows: int, beams: int) -> bool:
+        """Whether one with time for such steps would be late in a batch of so many rows.
+
+        Not where it would be late alone: waiting does not help it.
+        """
+        fixed_s, more_s = self._meter.step
+        return fixed_s + beams * more_s <= step_s < fixed_s + rows * more_s
+
     def expected_s(
         self, entry: Entry, running: Sequence[Entry], ahead: Iterable[Entry], now: float
     ) -> float | None:
@@ -119,7 +127,7 @@ class Pace:
     def _known(self, now: float) -> bool:
         """Whether what was measured says something of now."""
         fresh = self._read_at is not None and now - self._read_at <= _STALE_S
-        return fresh and self._meter.measured and self._meter.steps is not None
+        return fresh and self._meter.measured
 
     def _steps(self, entry: Entry) -> float:
         """Steps until it will be done, if it becomes as long as others did."""

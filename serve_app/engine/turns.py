@@ -60,9 +60,11 @@ class Turns:
             if crowded or costly:
                 held.add(share)
                 continue
-            steps_s.append(pace.step_s(entry, now))
+            step_s = pace.step_s(entry, now)
+            steps_s.append(step_s)
             # More beams than rows, or more tokens than the budget: alone, it may all the same.
-            if rows and rows + beams > min(most_rows or self._rows, pace.rows(steps_s, rows)):
+            most = min(most_rows or self._rows, pace.rows(steps_s, rows))
+            if rows and (rows + beams > most or pace.must_wait(step_s, rows + beams, beams)):
                 break
             if pulled and padded * (len(pulled) + 1) > self._tokens:
                 break
