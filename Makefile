@@ -22,7 +22,7 @@ BUILDER ?= docker
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-overload bench-precision bench-verify
+.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-precision bench-verify
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -169,9 +169,6 @@ bench-engine: $(VENV)/.installed ## the engine against transformers and CTransla
 bench-observability: $(VENV)/.installed ## what usage events, metrics and traces cost (ARGS: --help)
 	$(BIN)/python -m bench.observability_parts
 	$(BIN)/python -m bench.observability $(ARGS)
-
-bench-overload: $(VENV)/.installed ## three times the load it can bear, a retry storm, fair share (ARGS: --quick)
-	$(BIN)/python -m bench.overload $(ARGS)
 
 bench-precision: $(VENV)/.installed ## what bfloat16 and int8 change in the demo model's summaries
 	$(BIN)/python -m bench.precision

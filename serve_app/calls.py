@@ -34,11 +34,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The replica's queue was full, or so long that the call would have been `late_s` late."""
+    """The replica's queue was full."""
 
     message: str
-    retry_after_s: float
-    late_s: float | None = None
+    load: EngineLoad
 
 
 Outcome = Finished | Failed | Rejected

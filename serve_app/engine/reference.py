@@ -58,10 +58,9 @@ class ReferenceEngine(EngineThread):
 
     def _take(self) -> list[Entry]:
         """The request whose turn it is and, in order, all that can share a `generate()` with it."""
-        first = self._waiting.peek()
-        if first is None:
+        if not len(self._waiting):
             return []
-        settings = first.request.settings
+        settings = self._waiting.peek().request.settings
         count = longest = 0
 
         def fits(entry: Entry) -> bool:
