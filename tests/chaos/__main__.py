@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import time
 
@@ -24,6 +25,8 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=20, help="begin no round that ends later")
     given = parser.parse_args()
+    # As an exception: a service must not outlive what started it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ends = time.monotonic() + 60 * given.minutes
     dealt = [given.faults] if given.faults else deal(given.seed, given.rounds)
     print(f"seed {given.seed}", flush=True)

@@ -75,16 +75,21 @@ def _end(service: LocalService, chance: random.Random) -> Recovered:
 
 
 def _fill_disk(service: LocalService, chance: random.Random) -> Recovered:
-    before = sum(service.series(_DROPPED).values())
+    before = _dropped(service)
     service.fill_disk()
     try:
         until(
-            lambda: sum(service.series(_DROPPED).values()) > before,
+            lambda: _dropped(service) > before,
             "events that cannot be written are counted",
         )
     finally:
         service.free_disk()
     return lambda: writes_events(service)
+
+
+def _dropped(service: LocalService) -> float:
+    name = "ray_t5_usage_events_dropped_total"
+    return sum(service.series(name)[name].values())
 
 
 def _remove_folder(service: LocalService, chance: random.Random) -> Recovered:
@@ -123,7 +128,6 @@ def _no_disk(service: LocalService) -> str:
     return "" if service.usage_is_a_disk else "a small file system needs root"
 
 
-_DROPPED = "ray_t5_usage_events_dropped_total"
 _STREAM_CUT = "200 unavailable"  # some of it had been streamed: it cannot be begun again
 FAULTS = (
     Fault("engine killed", _kill("engine"), frozenset({_STREAM_CUT})),

@@ -214,8 +214,10 @@ def whole(answer: httpx.Response, content: bytes, request_id: str) -> tuple[str,
     except ValueError:
         return f"not JSON: {shown}", ""
     if answer.status_code == 200:
-        good = all(map(_item, document["results"])) if "results" in document else _summary(document)
-        return ("" if good else f"no summary: {shown}"), ""
+        items = document.get("results", [{"result": document}])
+        failed = [_kind(item["error"]) for item in items if "error" in item]
+        good = all(_summary(item["result"]) for item in items if "error" not in item)
+        return ("" if good else f"no summary: {shown}"), failed[0] if failed else ""
     good = (
         kind == "application/problem+json"
         and document["status"] == answer.status_code
@@ -242,12 +244,6 @@ def whole_stream(events: Sequence[tuple[str, dict[str, Any]]]) -> tuple[str, str
 
 def _summary(document: dict[str, Any]) -> bool:
     return isinstance(document["summary"], str) and document["usage"]["input_tokens"] > 0
-
-
-def _item(item: dict[str, Any]) -> bool:
-    if "result" in item:
-        return _summary(item["result"])
-    return "urn:t5-serve:problem:" in item["error"]["type"]
 
 
 def _kind(problem: dict[str, Any]) -> str:

@@ -38,7 +38,8 @@ TITLES = {
     "gcs": "gcs_server",
     "raylet": "raylet",
 }
-DEPLOYMENTS = {"engine": "Summarizer", "api": "Api"}
+DEPLOYMENTS = ("Summarizer", "Api")
+WORK = ("ray_t5_slots_used", "ray_t5_running_requests", "ray_t5_waiting_requests")
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 180) -> Any:
@@ -221,9 +222,9 @@ class LocalService:
         except httpx.HTTPError:
             return False
 
-    def series(self, name: str) -> dict[str, float]:
-        """A series by replica, summed over its other labels; of replicas that run only."""
-        found: dict[str, float] = {}
+    def series(self, *names: str) -> dict[str, dict[str, float]]:
+        """Series by replica, summed over their other labels; of replicas that run only."""
+        found: dict[str, dict[str, float]] = {name: {} for name in names}
         path = self._folder / "ray" / "session_latest" / "prom_metrics_service_discovery.json"
         try:
             targets = [
@@ -233,23 +234,23 @@ class LocalService:
                 httpx.get(f"http://{t}/metrics", timeout=30, trust_env=False).text for t in targets
             ]
         except (OSError, ValueError, httpx.HTTPError):
-            return {}
+            return found
+        # Ray's agent still shows the last values of replicas that died.
         running = {one.id for replicas in self.replicas().values() for one in replicas}
         for page in pages:
             for family in text_string_to_metric_families(page):
                 for sample in family.samples:
                     replica = sample.labels.get("replica", "")
-                    if sample.name == name and replica in running:
-                        found[replica] = found.get(replica, 0.0) + sample.value
+                    if sample.name in found and replica in running:
+                        values = found[sample.name]
+                        values[replica] = values.get(replica, 0.0) + sample.value
         return found
 
     def idle(self) -> bool:
         """Whether all engines say that they have no work and no slot in use."""
-        for name in ("ray_t5_slots_used", "ray_t5_running_requests", "ray_t5_waiting_requests"):
-            values = self.series(name)
-            if len(values) != 2 or any(values.values()):
-                return False
-        return True
+        return all(
+            len(values) == 2 and not any(values.values()) for values in self.series(*WORK).values()
+        )
 
     def fill_disk(self) -> None:
         """Leave no byte free where usage events go."""
