@@ -15,6 +15,7 @@ from serve_app.tokens import create
 from tests.chaos.service import LocalService, until
 
 Recovered = Callable[[], bool]
+_WRITTEN_S = 10.0  # a loaded machine's writers may be late
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,23 @@ def writes_events(service: LocalService) -> bool:
     """Whether all Api replicas write the events of new requests."""
     ids = {f"chaos-probe-{random.getrandbits(64):016x}" for _ in range(8)}
     headers = {"Authorization": f"Bearer {service.token}"}
-    for one in ids:
-        httpx.get(
-            f"{service.url}/v1/models",
-            headers={**headers, "X-Request-Id": one},
-            timeout=60,
-            trust_env=False,
-        )
-    time.sleep(0.5)
-    written = [event for event in service.events() if event["request_id"] in ids]
-    return len(written) == len(ids) and len({event["replica"] for event in written}) == 2
+    try:
+        for one in ids:
+            httpx.get(
+                f"{service.url}/v1/models",
+                headers={**headers, "X-Request-Id": one},
+                timeout=60,
+                trust_env=False,
+            )
+    except httpx.HTTPError:
+        return False
+    deadline = time.monotonic() + _WRITTEN_S
+    while time.monotonic() < deadline:
+        written = [event for event in service.events() if event["request_id"] in ids]
+        if len(written) == len(ids):
+            return len({event["replica"] for event in written}) == 2
+        time.sleep(0.2)
+    return False
 
 
 def _no_disk(service: LocalService) -> str:
