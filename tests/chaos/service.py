@@ -79,6 +79,7 @@ class LocalService:
         self.usage_folder = self._disk / "events"
         self.tokens_file = self._folder / "conf" / "tokens.json"
         self._gone: list[dict[str, Any]] = []  # events whose files have been removed
+        self._known: set[psutil.Process] = set()  # all that ever ran below the command
         self._dashboard = self._ray_token = ""
         self.url = self.token = ""
         self._start(settings or {})
@@ -148,9 +149,11 @@ class LocalService:
         """The command and all that runs below it."""
         try:
             process = psutil.Process(self.process.pid)
-            return [process, *process.children(recursive=True)]
+            found = [process, *process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+        self._known.update(found)
+        return found
 
     def role(self, process: psutil.Process) -> str:
         """What a process of the family is: a key of `TITLES`, or Ray's name for it."""
@@ -285,7 +288,7 @@ class LocalService:
 
     def stop(self) -> list[str]:
         """Stop it as Ctrl-C does. Gives the processes that it left behind."""
-        family = self.family()
+        self.family()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:
@@ -293,7 +296,7 @@ class LocalService:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        left = [process for process in family if process.is_running()]
+        left = [process for process in self._known if _runs(process)]
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -318,6 +321,13 @@ def started(settings: Mapping[str, Any] | None = None) -> Iterator[LocalService]
         yield service
     finally:
         service.close()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _mounted(folder: Path) -> bool:
