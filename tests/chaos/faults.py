@@ -137,15 +137,16 @@ def _no_disk(service: LocalService) -> str:
 
 
 _STREAM_CUT = "200 unavailable"  # some of it had been streamed: it cannot be begun again
+_CUT = frozenset({"closed", "500 by Serve"})
 FAULTS = (
     Fault("engine killed", _kill("engine"), frozenset({_STREAM_CUT})),
     Fault("engine frozen", _freeze),
-    Fault("api killed", _kill("api"), frozenset({"closed", "500 by Serve"}), loses_events=True),
-    Fault("proxy killed", _kill("proxy"), frozenset({"closed"})),
+    Fault("api killed", _kill("api"), _CUT, loses_events=True),
+    Fault("proxy killed", _kill("proxy"), frozenset({"closed", "refused"})),
     Fault("controller killed", _kill("controller")),
     Fault("disk full", _fill_disk, loses_events=True, missing=_no_disk),
     Fault("usage folder removed", _remove_folder, loses_events=True),
     Fault("tokens file broken", _break_tokens),
-    Fault("gcs killed", _end, frozenset({"closed", "500 by Serve"}), True, ends_service=True),
+    Fault("gcs killed", _end, _CUT | {"refused"}, loses_events=True, ends_service=True),
 )
 BY_NAME = {fault.name: fault for fault in FAULTS}
