@@ -33,8 +33,8 @@ class Window:
 
 
 def label(request: Request) -> str:
-    """How it ended: `200`, `closed`, `refused` (nobody listened), `hung`, `left`, status and problem,
-    or what is wrong.
+    """How it ended: `200`, `closed`, `refused` (nobody listened), `hung`, `left`, status and
+    problem, or what is wrong.
 
     `200 PROBLEM` is a stream that ended with an error, or a batch one of whose texts did. `500 by
     Serve` is Ray Serve's own answer where a replica died, which is no problem document.
