@@ -9,9 +9,9 @@ import sys
 import time
 
 from tests.chaos.faults import BY_NAME
-from tests.chaos.rounds import HEAD, Outcome, deal, play
+from tests.chaos.rounds import FAULT_S, HEAD, Outcome, deal, play
 
-_ROUND_S = 150.0  # what a round may take; none begins that could not end in time
+_START_S = 60.0  # of a service
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument(
         "--faults", nargs="+", choices=list(BY_NAME), help="these in one round, in place of dealt"
     )
-    parser.add_argument("--minutes", type=float, default=20, help="begin no round that ends later")
+    parser.add_argument("--minutes", type=float, default=20, help="begin nothing that ends later")
     given = parser.parse_args()
     # As an exception: a service must not outlive what started it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -34,10 +34,10 @@ def main() -> int:
     for number, names in enumerate(dealt, start=1):
         if given.only not in (None, number):
             continue
-        if time.monotonic() + _ROUND_S > ends:
+        if time.monotonic() + _START_S + FAULT_S > ends:
             print(f"round {number} and later: no time left of {given.minutes:g} minutes")
             break
-        outcomes += play(given.seed, number, names, lambda line: print(line, flush=True))
+        outcomes += play(given.seed, number, names, lambda line: print(line, flush=True), ends)
     print(f"\n{HEAD}")
     print("\n".join(one.row() for one in outcomes))
     broken = sorted({one.round for one in outcomes if one.broken})

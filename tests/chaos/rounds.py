@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from tests.chaos.judge import Window, counts, lost, violations
 from tests.chaos.load import Load
 from tests.chaos.service import LocalService, started, until
 
+FAULT_S = 90.0  # what a fault may take, its load and recovery included
 _PER_ROUND = 3
 _LAST_EVERY = 4  # rounds, of which one ends with a fault that ends the service
 _RECOVERS_S = 240.0
@@ -71,15 +73,22 @@ def deal(seed: int, rounds: int) -> list[list[str]]:
 
 
 def play(
-    seed: int, number: int, names: Sequence[str], say: Callable[[str], None] = lambda _: None
+    seed: int,
+    number: int,
+    names: Sequence[str],
+    say: Callable[[str], None] = lambda _: None,
+    ends: float = math.inf,
 ) -> list[Outcome]:
     """One round: a service, these faults one after the other, the service's end.
 
-    A fault from which it did not recover ends the round.
+    A fault from which it did not recover ends the round, and so does the time: no fault begins that
+    could last beyond `ends`, `time.monotonic()` seconds.
     """
     outcomes: list[Outcome] = []
     with started() as service:
         for turn, name in enumerate(names):
+            if time.monotonic() + FAULT_S > ends:
+                break
             fault = BY_NAME[name]
             outcome = Outcome(number, name, skipped=fault.missing(service))
             outcomes.append(outcome)
@@ -94,7 +103,8 @@ def play(
             if outcome.broken:
                 break
         left = service.stop()
-        outcomes[-1].broken += [f"left behind: {one}" for one in left]
+        if outcomes:
+            outcomes[-1].broken += [f"left behind: {one}" for one in left]
     return outcomes
 
 
