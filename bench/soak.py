@@ -37,6 +37,7 @@ _WARM_S = 600.0
 # Bounds of growth, from rest to rest. Beside the share, memory may move by as much as it did while
 # the service rested the first time.
 RSS_SHARE = 0.10
+MORE_RSS = 8 << 20  # at least: a tenth of the raylet is less than its allocator takes at once
 MORE_FDS = 2  # a connection of Ray's own that is being made again
 MORE_THREADS = 2  # a pool that reaches its size late
 PLOTTED = ("engine", "api", "proxy", "controller", "gcs", "raylet")
@@ -137,7 +138,7 @@ def compare(first: Sequence[Sample], last: Sequence[Sample]) -> list[Row]:
         )
         noise = max(one.rss for one in before) - min(one.rss for one in before)
         over = [] if after else ["gone"]
-        if rss[1] > rss[0] * (1 + RSS_SHARE) + noise:
+        if rss[1] > rss[0] + max(rss[0] * RSS_SHARE, MORE_RSS) + noise:
             over.append("memory")
         if fds[1] > fds[0] + MORE_FDS:
             over.append("file descriptors")
