@@ -20,9 +20,10 @@ CHART := helm/t5-summarizer
 IMAGE ?= t5-serve
 BUILDER ?= docker
 ARGS ?=
+FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-precision bench-verify
+.PHONY: help run test test-chaos test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-precision bench-soak bench-verify
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,8 +58,11 @@ else
 	$(BIN)/pytest $(ARGS)
 endif
 
-test-cluster: $(VENV)/.installed chart-tools ## a real Kubernetes cluster on this machine, and its tests (root, go)
-	$(BIN)/pytest tests/cluster --ignore=tests/cluster/delivery $(CLUSTER_TESTS) $(ARGS)
+test-cluster: $(VENV)/.installed chart-tools ## a real Kubernetes cluster on this machine, and its tests (root, go; FAULTS=1: rarer faults, too)
+	T5_CLUSTER_FAULTS=$(FAULTS) $(BIN)/pytest tests/cluster --ignore=tests/cluster/delivery $(CLUSTER_TESTS) $(ARGS)
+
+test-chaos: $(VENV)/.installed ## faults under load on this machine, 20 minutes at most (ARGS: --seed N, --faults; --help)
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 test-delivery: $(VENV)/.installed chart-tools ## from a push to a served summary, with Argo CD, on that cluster
 	$(BIN)/pytest tests/cluster/delivery $(CLUSTER_TESTS) $(ARGS)
@@ -172,6 +176,9 @@ bench-observability: $(VENV)/.installed ## what usage events, metrics and traces
 
 bench-precision: $(VENV)/.installed ## what bfloat16 and int8 change in the demo model's summaries
 	$(BIN)/python -m bench.precision
+
+bench-soak: $(VENV)/.installed ## two hours of mixed load, and what grew (ARGS: --minutes N; --help)
+	@$(BIN)/python -m bench.soak $(ARGS)
 
 bench-verify: $(VENV)/.installed ## three loads live and simulated, 13 minutes (ARGS: --help)
 	$(BIN)/python -m bench.verify $(ARGS)

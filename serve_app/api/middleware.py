@@ -10,7 +10,9 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.exceptions import TaskCancelledError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.telemetry import Telemetry
@@ -89,7 +91,10 @@ class RequestMiddleware:
         seen = _Seen(traceparent)
 
         async def receive_counted() -> Message:
-            message = await receive()
+            try:
+                message = await receive()
+            except TaskCancelledError:  # how Serve's proxy says that the client has left
+                return {"type": "http.disconnect"}
             seen.request_bytes += len(message.get("body", b""))
             return message
 
@@ -108,6 +113,8 @@ class RequestMiddleware:
 
         try:
             await self._app(scope, receive_counted, send_with_headers)
+        except ClientDisconnect:
+            logger.debug("the client left before its body was read")
         except Exception:
             logger.exception("unhandled error")
             if seen.status:

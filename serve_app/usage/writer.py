@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -121,6 +122,8 @@ class UsageWriter:
         """
         if self._size and self._size + len(lines) > self._max_bytes:
             self._end_segment()
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+            self._end_segment()  # it was removed, with its folder perhaps: nobody could read it
         if self._file is None:
             self._file = begin_segment(self._folder)
             prune(self._folder, self._keep)

@@ -204,6 +204,17 @@ def _dns() -> None:
     _start("coredns", BIN / "coredns", "-conf", corefile)
 
 
+def _redis() -> None:
+    """Keeps its state on disk, and is started again when a test has killed it."""
+    folder = RUN / "redis"
+    folder.mkdir()
+    command = (
+        f"redis-server --bind {DNS} --protected-mode no --dir {folder} --save '' "
+        "--appendonly yes --appendfsync always"
+    )
+    _start("redis", "sh", "-c", f"while :; do {command}; sleep 1; done")
+
+
 def _containerd(node: Node) -> None:
     config = RUN / f"containerd-{node.name}.toml"
     config.write_text(
@@ -327,7 +338,7 @@ def main() -> None:
     _until("the link to the host", _linked, 30)
     _control_plane()
     _dns()
-    _start("redis", "redis-server", "--bind", DNS, "--save", "", "--protected-mode", "no")
+    _redis()
     _nodes()
     READY.touch()
     say("the cluster runs")

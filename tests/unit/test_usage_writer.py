@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -117,6 +118,18 @@ def test_what_cannot_be_written_is_counted_in_the_next_event(
     usage.close()
     assert events(tmp_path) == [{"number": 1, "dropped_events": 1}]
     assert dropped == [1]
+
+
+def test_when_its_folder_is_removed_it_goes_on_in_a_new_one(tmp_path: Path) -> None:
+    folder = tmp_path / "usage"
+    usage = make(folder)
+    usage.record({"number": 0})
+    while not events(folder):
+        time.sleep(0.01)
+    shutil.rmtree(folder)
+    usage.record({"number": 1})
+    usage.close()
+    assert events(folder) == [{"number": 1}]
 
 
 def test_after_its_end_a_writer_drops(tmp_path: Path) -> None:
