@@ -71,14 +71,11 @@ def test_the_service_does_what_its_document_says(bounded: Service, tmp_path: Pat
 
 def test_a_document_that_is_wrong_is_found(bounded: Service, tmp_path: Path) -> None:
     document = httpx.get(f"{bounded.url}/openapi.json").json()
-    # Without the bound, and without the answer to what is over it.
-    del document["components"]["schemas"]["HfGenerateParameters"]["properties"]["num_beams"][
-        "anyOf"
-    ][0]["maximum"]
     del document["paths"]["/hf/summarization"]["post"]["responses"]["422"]
     wrong = tmp_path / "wrong.json"
     wrong.write_text(json.dumps(document))
     options = ("--include-path=/hf/summarization", "--phases=coverage")
     done = fuzz(bounded, tmp_path, *options, document=str(wrong))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "Undocumented HTTP status code" in done.stdout
+    assert "Undocumented" in done.stdout
+    assert "[422]" in done.stdout
