@@ -270,7 +270,7 @@ def test_a_compressed_body_is_never_inflated(wire: Wire) -> None:
         pytest.param(b'{"text": "\\ud800"}', 422, id="a lone surrogate"),
         pytest.param(b'{"text": "a", "\\udfff": 1}', 422, id="a lone surrogate in a name"),
         pytest.param(b'{"text": "a\\u0000"}', 422, id="NUL"),
-        pytest.param(b'{"text": "a", "num_beams": 1' + b"0" * 100_000 + b"}", 422, id="digits"),
+        pytest.param(b'{"text": "a", "num_beams": 1' + b"0" * 100_000 + b"}", 400, id="digits"),
         pytest.param(b'{"text": "a", "text": "\\u0000"}', 422, id="a name twice"),
         pytest.param('{"text": "a"}'.encode("utf-16"), 400, id="UTF-16"),
     ],
