@@ -10,7 +10,8 @@ import signal
 import stat
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ class Kept:
     token: str
     rays_token: str
     errors: list[httpx.Response]
-    metrics: str
-    command_lines: dict[str, str]
-    environments: dict[str, bytes]
-    listening: set[tuple[str, str]]  # process, address
+    metrics: str = ""
+    command_lines: dict[int, str] = field(default_factory=dict)
+    environments: dict[int, bytes] = field(default_factory=dict)
+    listening: set[tuple[str, str]] = field(default_factory=set)  # process, address
 
 
 def calls(url: str, token: str) -> list[httpx.Response]:
@@ -98,23 +99,12 @@ def kept(folder: Path) -> Iterator[Kept]:
         url = run.until(r"^Service +(\S+)$")[1]
         token = run.until(r"^Token +(t5s_\S+)$")[1]
         run.until(r"^first summary")
-        family = run.family()
-        names = {process: " ".join(process.cmdline()) for process in family}
         result = Kept(
-            folder,
-            token,
-            (folder / ".ray" / "auth_token").read_text().strip(),
-            calls(url, token),
-            "",
-            {str(process.pid): line for process, line in names.items()},
-            {str(process.pid): own_environment(process) for process in family},
-            {
-                (names[process], connection.laddr.ip)
-                for process in family
-                for connection in process.net_connections("inet")
-                if connection.status == psutil.CONN_LISTEN
-            },
+            folder, token, (folder / ".ray" / "auth_token").read_text().strip(), calls(url, token)
         )
+        for process in run.family():
+            with suppress(psutil.Error, OSError):  # a worker that was not needed has gone
+                look_at(process, result)
         result.metrics = until(lambda: metrics(folder), "metrics tell of the requests")
         run.process.send_signal(signal.SIGINT)
         assert run.ended() == 0
@@ -127,8 +117,15 @@ def kept(folder: Path) -> Iterator[Kept]:
             run.process.wait()
 
 
-def own_environment(process: psutil.Process) -> bytes:
-    return Path(f"/proc/{process.pid}/environ").read_bytes()
+def look_at(process: psutil.Process, result: Kept) -> None:
+    name = " ".join(process.cmdline())
+    result.command_lines[process.pid] = name
+    result.environments[process.pid] = Path(f"/proc/{process.pid}/environ").read_bytes()
+    result.listening.update(
+        (name, connection.laddr.ip)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    )
 
 
 def metrics(folder: Path) -> str:
@@ -165,6 +162,7 @@ def test_nothing_that_is_left_has_the_token_or_the_text(kept: Kept) -> None:
     events = b"".join(path.read_bytes() for path in (kept.folder / "usage").iterdir())
     assert events.count(b'"client":"dev"') + events.count(b'"client": "dev"') >= 8
 
+    assert len(kept.environments) > 5
     for where, line in kept.command_lines.items():
         assert not any(one in line.encode() for one in said), (where, line)
         assert kept.rays_token not in line, where
