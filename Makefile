@@ -23,7 +23,7 @@ ARGS ?=
 FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-chaos test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate bench-engine bench-observability bench-precision bench-soak bench-verify
+.PHONY: help run test test-chaos test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate audit bench-engine bench-observability bench-precision bench-soak bench-verify
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -151,6 +151,9 @@ module = $$(go mod download -json $(1) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
 		$(call module,github.com/prometheus-operator/prometheus-operator@$(PROMETHEUS_OPERATOR_VERSION))/example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml \
 		$(call module,github.com/prometheus-operator/prometheus-operator@$(PROMETHEUS_OPERATOR_VERSION))/example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml .
 	@touch $@
+
+audit: $(VENV)/.installed ## requirements.lock against known vulnerabilities (ARGS: pip-audit --help)
+	@scripts/audit $(ARGS)
 
 demo-data: $(VENV)/.installed ## the demo model's data and vocabulary (Debian: uses apt's package lists)
 	$(BIN)/python -m training.data

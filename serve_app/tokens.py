@@ -306,7 +306,10 @@ def parse(where: str, content: str | bytes) -> list[TokenRecord]:
         return _Content.model_validate_json(content).tokens
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(map(str, first["loc"]))
+        # A name in the file may hold anything.
+        path = ".".join(
+            str(part) if str(part).isprintable() else repr(part) for part in first["loc"]
+        )
         raise TokenFileError(f"{where}: {path + ': ' if path else ''}{first['msg']}") from None
 
 

@@ -2,12 +2,13 @@
 
 The averaged weights of the last checkpoint, in float16 safetensors, in the layout that
 `transformers` reads: `config.json`, `generation_config.json`, `model.safetensors`, `tokenizer.json`
-and the SentencePiece model it was made from, with a model card.
+and the SentencePiece model it was made from, with a model card and the weights' checksum.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -66,7 +67,10 @@ def export(model: T5ForConditionalGeneration, folder: Path = EXPORTED) -> None:
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} does not fit into float16")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
 
     config = model.config.to_dict()
     config["architectures"] = ["T5ForConditionalGeneration"]

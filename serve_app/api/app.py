@@ -86,7 +86,7 @@ def create_app(
         echo_request_id=echo_request_id,
         tracing=tracing,
     )
-    describe(app)
+    describe(app, service.limits)
     return app
 
 

@@ -12,7 +12,16 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serve_app.api.schemas import BatchRequest, HfRequest, Problem, SummarizeRequest
+from serve_app.api.schemas import (
+    TEXT_PATTERN,
+    BatchRequest,
+    Chunk,
+    HfRequest,
+    ModelRef,
+    Problem,
+    SummarizeRequest,
+)
+from serve_app.config import Limits
 
 _REF = "#/components/schemas/{model}"
 _EXAMPLE = {
@@ -37,7 +46,7 @@ def _body(model: type[BaseModel], example: dict[str, Any], *, text: bool = False
     schema = {"$ref": _REF.format(model=model.__name__)}
     content: dict[str, Any] = {"application/json": {"schema": schema, "example": example}}
     if text:
-        content["text/plain"] = {"schema": {"type": "string"}}
+        content["text/plain"] = {"schema": {"type": "string", "pattern": TEXT_PATTERN}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -46,8 +55,8 @@ batch_body = _body(BatchRequest, {"texts": ["First text.", "Second text."]})
 hf_body = _body(HfRequest, {"inputs": "A text."})
 
 
-def describe(app: FastAPI) -> None:
-    """Complete the application's OpenAPI document: bodies, problems, the event stream."""
+def describe(app: FastAPI, limits: Limits) -> None:
+    """Complete the application's OpenAPI document: bodies, limits, problems, the event stream."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -55,26 +64,84 @@ def describe(app: FastAPI) -> None:
             return app.openapi_schema
         document = generate()
         models: list[tuple[type[BaseModel], Any]] = [
-            (model, "validation") for model in (SummarizeRequest, BatchRequest, HfRequest, Problem)
+            (model, "validation")
+            for model in (SummarizeRequest, BatchRequest, HfRequest, Problem, ModelRef, Chunk)
         ]
         _, definitions = models_json_schema(models, ref_template=_REF)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(definitions["$defs"])
+        _add_limits(schemas, limits)
         for path, item in document["paths"].items():
             for operation in item.values():
                 _add_problems(path, operation)
         stream = document["paths"]["/v1/summarize"]["post"]["responses"]["200"]["content"]
-        stream["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": "Events start, chunk (a part of a long text is done), delta "
-                "(their texts concatenate to the summary), then done (the whole answer) or error.",
-            }
-        }
+        stream["text/event-stream"] = {"itemSchema": _EVENTS}
         app.openapi_schema = document
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _event(name: str, description: str, data: dict[str, Any]) -> dict[str, Any]:
+    content = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {
+        "type": "object",
+        "description": description,
+        "required": ["event", "data"],
+        "properties": {"event": {"const": name}, "data": content},
+    }
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _ref(model: str) -> dict[str, Any]:
+    return {"$ref": _REF.format(model=model)}
+
+
+_COUNT = {"type": "integer", "minimum": 1}
+# `itemSchema` is of OpenAPI 3.2; older readers pass over it.
+_EVENTS = {
+    "oneOf": [
+        _event(
+            "start",
+            "Work begins; the text goes through in `chunks` parts.",
+            _object(id={"type": "string"}, model=_ref("ModelRef"), chunks=_COUNT),
+        ),
+        _event(
+            "chunk",
+            "A part of a long text is done.",
+            {"allOf": [_ref("Chunk"), _object(chunks=_COUNT)]},
+        ),
+        _event(
+            "delta",
+            "More of the summary: all deltas concatenate to it.",
+            _object(text={"type": "string"}),
+        ),
+        _event("done", "The whole answer.", _ref("SummarizeResponse")),
+        _event("error", "It failed; nothing follows.", _ref("Problem")),
+    ]
+}
+
+
+def _add_limits(schemas: dict[str, Any], limits: Limits) -> None:
+    """State what this service allows: most of it is a setting."""
+    most = {
+        "num_beams": limits.num_beams,
+        "max_new_tokens": limits.max_new_tokens,
+        "min_new_tokens": limits.max_new_tokens,
+        # They count the decoder's start token.
+        "max_length": limits.max_new_tokens + 1,
+        "min_length": limits.max_new_tokens + 1,
+        "timeout_s": limits.timeout_s,
+    }
+    for model in ("SummarizeRequest", "BatchRequest", "HfGenerateParameters"):
+        properties = schemas[model]["properties"]
+        for name in most.keys() & properties.keys():
+            number, _null = properties[name]["anyOf"]
+            number["maximum"] = most[name]
+    schemas["BatchRequest"]["properties"]["texts"]["maxItems"] = limits.batch_texts
 
 
 _RATE_LIMIT = {

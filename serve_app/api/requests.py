@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from contextlib import suppress
@@ -24,6 +25,7 @@ from serve_app.engine.protocol import GenerationSettings
 from serve_app.errors import (
     BadRequestError,
     BodyTooLargeError,
+    DeadlineError,
     FieldError,
     InvalidError,
     UnsupportedMediaTypeError,
@@ -38,30 +40,31 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _CONSTRAINTS = ("ge", "gt", "le", "lt", "max_length", "min_length", "expected", "multiple_of")
 
 
-async def read_json(request: Request, model: type[Body], limit: int) -> Body:
-    """The JSON body, of at most `limit` bytes, as `model`.
+async def read_json(request: Request, model: type[Body], limits: Limits) -> Body:
+    """The JSON body, of at most `limits.body_bytes`, as `model`.
 
     Raises:
         UnsupportedMediaTypeError, BodyTooLargeError, BadRequestError, InvalidError: what was
             wrong, by field.
+        DeadlineError: it took longer to arrive than `limits.timeout_s`.
     """
     _check_encoding(request)
     if _media_type(request) != "application/json":
         _refuse_type(request, "application/json")
-    return parse(model, _load_json(await _read_body(request, limit)))
+    return parse(model, _load_json(await _read_body(request, limits)))
 
 
-async def read_summarize(request: Request, limit: int) -> SummarizeRequest:
+async def read_summarize(request: Request, limits: Limits) -> SummarizeRequest:
     """The body of `POST /v1/summarize`: JSON, or plain text with the options in the query."""
     media_type = _media_type(request)
     if media_type == "application/json":
-        return await read_json(request, SummarizeRequest, limit)
+        return await read_json(request, SummarizeRequest, limits)
     _check_encoding(request)
     if media_type != "text/plain":
         _refuse_type(request, "application/json or text/plain")
     charset = _charset(request)
     try:
-        text = (await _read_body(request, limit)).decode(charset)
+        text = (await _read_body(request, limits)).decode(charset)
     except UnicodeDecodeError as error:
         raise BadRequestError(f"body: not {charset} at byte {error.start}") from None
     return parse(SummarizeRequest, {**_query_options(request), "text": text})
@@ -180,18 +183,25 @@ def from_hf(body: HfRequest) -> SummarizeRequest:
     return parse(SummarizeRequest, {**said, **content})
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, read no further than the limit."""
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    """The body, read no further than the limit and waited for no longer than any deadline."""
+    limit = limits.body_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit, int(declared))
     pieces: list[bytes] = []
     size = 0
-    async for piece in request.stream():
-        pieces.append(piece)
-        size += len(piece)
-        if size > limit:
-            raise _too_large(limit, f"more than {limit}")
+    try:
+        async with asyncio.timeout(limits.timeout_s):
+            async for piece in request.stream():
+                pieces.append(piece)
+                size += len(piece)
+                if size > limit:
+                    raise _too_large(limit, f"more than {limit}")
+    except TimeoutError:
+        raise DeadlineError(
+            f"body: must arrive within {limits.timeout_s:g} s, {size} bytes have"
+        ) from None
     return b"".join(pieces)
 
 

@@ -5,19 +5,51 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 OnOverflow = Literal["error", "truncate", "map_reduce"]
+
+
 # Strict, but JSON has one number type: 2 is a fine length_penalty.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+# For the API's description; `requests.check_text` is what checks. Something else than white space
+# (Python's, which regular expressions of other languages do not agree on), and no NUL.
+_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+TEXT_PATTERN = rf"^[^\x00]*[^\x00{_SPACE}][^\x00]*$"
+Text = Annotated[StrictStr, Field(json_schema_extra={"pattern": TEXT_PATTERN})]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        # The other way round as well: 2.0 is an integer (JSON Schema, section 6.1.1).
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 class Length(_Body):
     """An upper bound the summary keeps to: whole sentences up to it, never more."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"type": "integer"}}}
+                for name in ("words", "sentences")
+            ]
+        }
+    )
 
     words: StrictInt | None = Field(None, ge=1, le=10_000)
     sentences: StrictInt | None = Field(None, ge=1, le=1_000)
@@ -55,13 +87,21 @@ class SummarizeOptions(_Body):
 class SummarizeRequest(SummarizeOptions):
     """One text to summarize."""
 
-    text: StrictStr
+    text: Text
 
 
 class BatchOptions(SummarizeOptions):
     """Options of a batch: one deadline for all of it, no streaming."""
 
-    stream: Literal[False] = False
+    # Not Literal[False], which 0 equals.
+    stream: StrictBool = Field(False, json_schema_extra={"const": False})
+
+    @field_validator("stream")
+    @classmethod
+    def _in_one_piece(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("must be false: a batch is answered in one piece")
+        return value
 
 
 class BatchRequest(BatchOptions):
@@ -174,7 +214,7 @@ class HfParameters(_Body):
 class HfRequest(_Body):
     """The Hugging Face Inference API's summarization task."""
 
-    inputs: StrictStr
+    inputs: Text
     parameters: HfParameters | None = None
 
 

@@ -44,7 +44,7 @@ async def summarize(request: Request) -> Response:
     """Summarize one text, at once or as server-sent events."""
     service = _service(request)
     _enter(request)
-    body = await read_summarize(request, service.limits.body_bytes)
+    body = await read_summarize(request, service.limits)
     job = decide(body.text, body, service.defaults, service.limits, share=request.state.client)
     stream = body.stream or _wants_events(request)
     _asked(request, service, job, [body.text], stream=stream)
@@ -67,7 +67,7 @@ async def summarize_batch(request: Request) -> Response:
     """Summarize several texts; each gets a result or an error of its own, in order."""
     service = _service(request)
     _enter(request)
-    body = await read_json(request, BatchRequest, service.limits.body_bytes)
+    body = await read_json(request, BatchRequest, service.limits)
     limit = service.limits.batch_texts
     if len(body.texts) > limit:
         message = f"must have at most {limit} texts, has {len(body.texts)}"
@@ -121,7 +121,7 @@ async def hf_summarization(request: Request) -> Response:
     """What `huggingface_hub.InferenceClient(model=URL).summarization(text)` calls."""
     service = _service(request)
     _enter(request)
-    body = from_hf(await read_json(request, HfRequest, service.limits.body_bytes))
+    body = from_hf(await read_json(request, HfRequest, service.limits))
     share = request.state.client
     job = decide(body.text, body, service.defaults, service.limits, "inputs", share)
     _asked(request, service, job, [body.text])

@@ -168,10 +168,10 @@ def _streamed(client: httpx.Client, address: str, body: dict[str, Any], show: bo
                     click.echo(data["text"], nl=False)
                     written = True
                 elif event.event == "error":
-                    _fail(data)
+                    _fail(dict(data))
                 elif event.event == "done":
-                    return data
-    except (SSEError, ValueError):
+                    return _complete(data)
+    except (SSEError, ValueError, LookupError, TypeError):
         raise CliError(f"{address}: the answer is not what t5-serve sends") from None
     finally:
         progress.clear()
@@ -203,8 +203,15 @@ def _json(response: httpx.Response) -> Any:
         answer = response.json()
     except ValueError:
         answer = None
-    if not isinstance(answer, dict) or "summary" not in answer:
-        raise CliError(f"{response.url}: the answer is not what t5-serve sends")
+    try:
+        return _complete(answer)
+    except ValueError:
+        raise CliError(f"{response.url}: the answer is not what t5-serve sends") from None
+
+
+def _complete(answer: Any) -> Any:
+    if not isinstance(answer, dict) or not {"summary", "truncated"} <= answer.keys():
+        raise ValueError("not an answer")
     return answer
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from serve_app.engine.protocol import GenerationSettings, TokenConstraints
 
@@ -118,14 +118,15 @@ def resolve(name: str, revision: str | None = None) -> Checkpoint:
         revision: branch, tag or commit of a hub repository.
 
     Raises:
-        CheckpointError: not found, not a T5, or without safetensors weights.
+        CheckpointError: not found, not a T5, without safetensors weights, or with weights that are
+            not those of their `FILE.sha256`.
     """
     folder = DEMO_PATH if name == DEMO_NAME else Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"model {name!r} is a folder and has no revision {revision!r}")
         weights = sorted(folder.glob("*.safetensors"))
-        checkpoint = Checkpoint(name, _digest(weights), folder) if weights else None
+        checkpoint = Checkpoint(name, _digest(name, weights), folder) if weights else None
     else:
         path = _download(name, revision)
         weights = sorted(path.glob("*.safetensors"))
@@ -136,6 +137,8 @@ def resolve(name: str, revision: str | None = None) -> Checkpoint:
     if model_type not in SUPPORTED_MODEL_TYPES:
         known = ", ".join(SUPPORTED_MODEL_TYPES)
         raise CheckpointError(f"model {name!r} is of type {model_type!r}, not one of: {known}")
+    for path in weights:
+        _check_header(name, path)
     return checkpoint
 
 
@@ -155,13 +158,42 @@ def _download(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"model {name!r} could not be fetched: {reason}") from error
 
 
-def _digest(weights: list[Path]) -> str:
-    digest = hashlib.sha256()
+def _digest(name: str, weights: list[Path]) -> str:
+    """Of all weights. Each file is held against the checksum beside it, where there is one."""
+    every = hashlib.sha256()
     for path in weights:
+        own = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:12]
+                every.update(block)
+                own.update(block)
+        expected = _checksum(path.with_name(path.name + ".sha256"))
+        if expected not in (None, own.hexdigest()):
+            raise CheckpointError(
+                f"model {name!r}: {path.name} is damaged or not the one it was: its SHA-256 is "
+                f"{own.hexdigest()}, {path.name}.sha256 has {expected}"
+            )
+    return every.hexdigest()[:12]
+
+
+def _checksum(path: Path) -> str | None:
+    """The digest in a file as `sha256sum` writes it; None where there is no file."""
+    try:
+        return (path.read_text(encoding="utf-8").split() or [""])[0]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _check_header(name: str, path: Path) -> None:
+    try:
+        with safe_open(path, framework="np") as file:
+            file.keys()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"model {name!r}: {path.name} is no safetensors file: {error}"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def _load(checkpoint: Checkpoint) -> HfTokenizer:
         # convert it. Its import takes seconds, so only they pay for it.
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(checkpoint.path)).backend_tokenizer
+        return AutoTokenizer.from_pretrained(
+            str(checkpoint.path), trust_remote_code=False, local_files_only=True
+        ).backend_tokenizer
     except Exception as error:
         message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"model {checkpoint.name!r}: tokenizer: {message}") from error

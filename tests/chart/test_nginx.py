@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -434,3 +434,52 @@ def test_the_reports_on_usage_read_what_nginx_logs(edge: Edge, tmp_path: Path) -
     ]
     [joined] = [row for row in rows if row["source"] == "service"]
     assert (joined["total_ms"], joined["address"]) == (7.0, "127.0.0.1")
+
+
+def raw(edge: Edge, head: str, body: str = "") -> tuple[int, str]:
+    """Status and rest of the answer to bytes that no client library would send."""
+    address = edge.client.base_url
+    with socket.create_connection((address.host, address.port or 80), 60) as connection:
+        with suppress(ConnectionError):  # it need not read to the end
+            connection.sendall(f"{head}\r\nConnection: close\r\n\r\n{body}".encode())
+        pieces = []
+        with suppress(ConnectionResetError):
+            while piece := connection.recv(65_536):
+                pieces.append(piece)
+    answer = b"".join(pieces).decode()
+    return int(answer.split(" ", 2)[1]), answer
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        pytest.param("/", f"X-A: {'a' * 65_536}", 400, id="a long header"),
+        pytest.param(
+            "/", "\r\n".join(f"X-{n}: y" for n in range(100_000)), 400, id="100,000 headers"
+        ),
+        pytest.param(f"/{'a' * 65_536}", "X-A: b", 414, id="a long path"),
+        pytest.param(
+            "/", "Content-Length: 5\r\nTransfer-Encoding: chunked", 400, id="length and chunks"
+        ),
+        pytest.param("/", "Content-Length: 5\r\nContent-Length: 6", 400, id="two lengths"),
+        pytest.param("/", "Host: another.example.com", 400, id="two hosts"),
+        pytest.param("/", "Content-Length : 5", 400, id="space before the colon"),
+    ],
+)
+def test_what_serves_proxy_has_no_bound_for_stops_here(
+    edge: Edge, path: str, headers: str, status: int
+) -> None:
+    got, answer = raw(edge, f"POST {path} HTTP/1.1\r\nHost: summarize.example.com\r\n{headers}")
+    assert got == status
+    assert '"from"' not in answer  # the service was not asked
+
+
+def test_headers_after_a_body_are_no_headers(edge: Edge) -> None:
+    head = (
+        "POST /v1/summarize HTTP/1.1\r\nHost: summarize.example.com\r\n"
+        "Authorization: Bearer t5s_job\r\nTransfer-Encoding: chunked\r\nTrailer: X-Api-Client"
+    )
+    status, answer = raw(edge, head, "2\r\n{}\r\n0\r\nX-Api-Client: shop\r\n\r\n")
+    assert status == 200
+    seen = json.loads(answer[answer.index("{") : answer.rindex("}") + 1])["headers"]
+    assert [value for name, value in seen if name.lower() == "x-api-client"] == ["job"]

@@ -437,3 +437,117 @@ def test_curl_command_of_a_long_text_reads_a_file(page: Page, service: Any) -> N
     command = page.locator("#curl")
     expect(command).to_contain_text(f"'{service.url}/v1/summarize?words=9'")
     expect(command).to_contain_text("--data-binary @text.txt")
+
+
+# Each sets `ran` if it is taken for markup, or asks for something that is not of the page.
+_MARKUP = (
+    "<script>ran = 1</script><img src=x onerror='ran = 1'><svg onload='ran = 1'></svg>"
+    "<iframe srcdoc='<script>parent.ran = 1</script>'></iframe><a href='javascript:ran = 1'>a</a>"
+    "</p></section><style>body { display: none }</style><base href='//evil.example/'>&lt;b&gt;"
+)
+_ELEMENTS = "body script, img, svg[onload], iframe, base, style, a[href^=javascript]"
+
+
+@pytest.fixture(params=[False, True], ids=["as served", "without its policy"])
+def guarded(request: pytest.FixtureRequest, browser: Browser, service: Any) -> Iterator[Page]:
+    """The page; without its policy nothing but its own code keeps markup from being run."""
+    context = browser.new_context(bypass_csp=request.param)
+    page = context.new_page()
+    page.set_default_timeout(_WAIT_MS)
+    asked: list[str] = []
+    page.on("request", lambda one: asked.append(one.url))
+    page.goto(f"{service.url}/#token={service.token}")
+    expect(page.locator("#model")).to_be_visible()
+    elements = page.locator(_ELEMENTS).count()
+    yield page
+    assert page.evaluate("typeof ran") == "undefined"
+    assert page.locator(_ELEMENTS).count() == elements
+    assert [url for url in asked if not url.startswith(service.url)] == []
+    assert page.url == f"{service.url}/"
+    context.close()
+
+
+def test_markup_in_a_text_is_text(guarded: Page, service: Any) -> None:
+    text = f"{_TEXT} {_MARKUP}"
+    guarded.locator("#text").fill(text)
+    guarded.locator("#curl-box summary").click()
+    guarded.locator("#go").click()
+    expect(guarded.locator("#facts")).to_be_visible()
+    expect(guarded.locator("#summary")).to_have_text(_ask(service, text=text)["summary"])
+    expect(guarded.locator("#curl")).to_contain_text("<script>ran = 1</script>")
+
+
+def test_markup_in_a_stream_is_text(guarded: Page) -> None:
+    part = {"index": 0, "chunks": 2, "start": 0, "end": 9, "summary": _MARKUP}
+    answer = {
+        **_ANSWER,
+        "model": {"name": _MARKUP, "revision": "<b>0123"},
+        "summary": _MARKUP,
+        "finish_reason": _MARKUP,
+        "chunks": [part],
+    }
+    events = [
+        ("start", {"id": "sum-1", "model": answer["model"], "chunks": 2}),
+        ("chunk", part),
+        *(("delta", {"text": piece}) for piece in re.findall(".{1,7}", _MARKUP)),
+        ("done", answer),
+    ]
+    stream = "".join(_frame(name, data) for name, data in events)
+    guarded.evaluate(_DRIP, list(stream.encode()))
+    guarded.locator("#text").fill(_TEXT)
+    guarded.locator("#go").click()
+    expect(guarded.locator("#facts")).to_contain_text("<b>0123")
+    assert guarded.locator("#summary").text_content() == _MARKUP
+    guarded.locator("#parts-title").click()
+    assert guarded.locator("#part-list li p:last-child").all_text_contents() == [_MARKUP]
+
+
+def test_markup_in_an_error_is_text(guarded: Page) -> None:
+    problem = {
+        "type": "urn:t5-serve:problem:invalid",
+        "title": _MARKUP,
+        "status": 422,
+        "detail": _MARKUP,
+        "request_id": _MARKUP,
+        "errors": [{"field": _MARKUP, "message": _MARKUP}],
+    }
+    guarded.evaluate(_DRIP, list(_frame("error", problem).encode()))
+    guarded.locator("#text").fill(_TEXT)
+    guarded.locator("#go").click()
+    expect(guarded.get_by_role("alert").first).to_contain_text("<script>ran = 1</script>")
+
+
+def test_the_browser_runs_no_script_but_the_pages(browser: Browser, service: Any) -> None:
+    # A tab whose console has errors: they are what this looks for.
+    page = browser.new_page()
+    console: list[str] = []
+    page.on("console", lambda said: console.append(said.text))
+    response = page.goto(f"{service.url}/#token={service.token}")
+    assert response is not None
+    policy = dict(
+        part.strip().split(" ", 1)
+        for part in response.headers["content-security-policy"].split(";")
+    )
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "connect-src": "'self'",
+        "img-src": "'self' data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    assert response.headers["x-content-type-options"] == "nosniff"
+    expect(page.locator("#model")).to_be_visible()
+    # As if the page had taken markup for its own.
+    page.evaluate("html => document.body.insertAdjacentHTML('beforeend', html)", _MARKUP)
+    page.evaluate("""() => {
+      const script = document.createElement("script");
+      script.textContent = "ran = 1";
+      document.body.append(script);
+    }""")
+    expect(page.locator("img[src=x]")).to_be_attached()
+    assert page.evaluate("typeof ran") == "undefined"
+    assert any("Content Security Policy" in said for said in console)
+    page.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -201,6 +203,25 @@ async def test_the_openapi_document_describes_bodies_and_problems(app: Local) ->
         "text", "num_beams", "min_new_tokens", "max_new_tokens", "length_penalty",
         "no_repeat_ngram_size", "early_stopping", "length", "on_overflow", "stream", "timeout_s",
     }  # fmt: skip
+    # Limits are those of this service.
+    number, null = request["properties"]["num_beams"]["anyOf"]
+    assert (number, null) == ({"type": "integer", "minimum": 1, "maximum": 8}, {"type": "null"})
+    hf = document["components"]["schemas"]["HfGenerateParameters"]["properties"]
+    assert hf["max_length"]["anyOf"][0]["maximum"] == 512 + 1
+    assert (
+        document["components"]["schemas"]["BatchRequest"]["properties"]["texts"]["maxItems"] == 64
+    )
+    # Exactly what the service takes for a text, by this language's idea of white space.
+    pattern = re.compile(request["properties"]["text"]["pattern"])
+    assert operation["requestBody"]["content"]["text/plain"]["schema"]["pattern"] == pattern.pattern
+    for code in range(sys.maxunicode + 1):
+        blank = chr(code).isspace() or code == 0
+        assert (pattern.search(chr(code)) is None) is blank, hex(code)
+    assert pattern.search(" \n a\n")
+    assert not pattern.search("a\0")
+    events = operation["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]["oneOf"]
+    named = [event["properties"]["event"]["const"] for event in events]
+    assert named == ["start", "chunk", "delta", "done", "error"]
     references = {
         part for part in json.dumps(document).split('"') if part.startswith("#/components/schemas/")
     }

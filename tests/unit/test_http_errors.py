@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -96,6 +97,13 @@ async def test_length_is_words_or_sentences(app: Local, length: dict[str, int]) 
     assert document["errors"][0]["field"] == "length"
 
 
+async def test_a_whole_number_may_be_written_with_a_point(app: Local) -> None:
+    body = {"text": TEXT, "num_beams": 2.0, "max_new_tokens": 5.0, "length": {"words": 3.0}}
+    assert (await app.http.post("/v1/summarize", json=body)).status_code == 200
+    assert app.backend.calls[-1].settings.num_beams == 2
+    assert app.backend.calls[-1].settings.max_new_tokens == 5
+
+
 async def test_all_bad_fields_are_told_at_once(app: Local) -> None:
     body = {"text": TEXT, "num_beams": 0, "timeout_s": -1, "colour": "red"}
     document = await problem(await app.http.post("/v1/summarize", json=body), 422, "invalid")
@@ -161,6 +169,21 @@ async def test_a_body_without_a_length_is_stopped_at_the_limit(app: Local) -> No
     await problem(response, 413, "body-too-large")
 
 
+async def test_a_body_that_stops_arriving_is_not_waited_for_beyond_any_deadline(
+    checkpoint: Checkpoint, clients: Clients
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"a" * 1_000
+        await asyncio.Event().wait()
+
+    async with local_app(checkpoint, clients(), limits={"timeout_s": 0.2}) as app:
+        response = await app.http.post(
+            "/v1/summarize", content=pieces(), headers={"Content-Type": "text/plain"}
+        )
+    document = await problem(response, 408, "deadline")
+    assert document["detail"] == "body: must arrive within 0.2 s, 1000 bytes have"
+
+
 @pytest.mark.parametrize("media_type", ["", "text/html", "application/xml", "multipart/form-data"])
 async def test_other_media_types_are_refused(app: Local, media_type: str) -> None:
     response = await app.http.post(
@@ -216,8 +239,10 @@ async def test_a_batch_has_a_limit(app: Local) -> None:
     ]
     response = await app.http.post("/v1/summarize/batch", json={"texts": []})
     assert (await problem(response, 422, "invalid"))["errors"][0]["field"] == "texts"
-    response = await app.http.post("/v1/summarize/batch", json={"texts": [TEXT], "stream": True})
-    assert (await problem(response, 422, "invalid"))["errors"][0]["field"] == "stream"
+    for stream in (True, 0, None):
+        body = {"texts": [TEXT], "stream": stream}
+        response = await app.http.post("/v1/summarize/batch", json=body)
+        assert (await problem(response, 422, "invalid"))["errors"][0]["field"] == "stream"
 
 
 async def test_one_bad_text_of_a_batch_is_its_own_error(app: Local) -> None:

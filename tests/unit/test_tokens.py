@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import logging
 import os
@@ -91,6 +92,28 @@ def test_a_store_knows_its_tokens_and_no_others(path: Path) -> None:
     for wrong in ("", "t5s_", "t5s_onE", "t5s_one ", digest, "é\udcff"):
         assert store.verify(wrong) is None, wrong
     assert store.reload_errors == 0
+
+
+def test_a_token_is_compared_with_all_digests_and_in_constant_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(path, *(record(f"t5s_{n}", id=f"0000000{n}", client=f"client-{n}") for n in range(5)))
+    compared: list[tuple[str, str]] = []
+    compare = hmac.compare_digest
+
+    def watched(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", watched)
+    store = TokenStore(path)
+    # The first, the last and none of them: nothing is left out once one has been found.
+    for token, client in (("t5s_0", "client-0"), ("t5s_4", "client-4"), ("t5s_5", None)):
+        compared.clear()
+        assert store.verify(token) == client
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        assert [pair[1] for pair in compared] == [digest] * 5
+        assert len({pair[0] for pair in compared}) == 5
 
 
 def test_no_file_means_no_tokens(path: Path) -> None:

@@ -280,6 +280,7 @@ TESTED_BY = {
     "scripts/test-packages": f"{_CI}/test_deploy.py",
     "make helm": f"{_CI}/test_chart.py",
     "make deploy-tools": f"{_CI}/test_deploy.py",
+    "make audit": f"{_CI}/test_audit.py",
     "make lint": f"{_CI}/test_deploy.py",
     "make test": f"{_CI}/test_deploy.py",
 }
