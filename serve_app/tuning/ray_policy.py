@@ -92,21 +92,22 @@ class Policy:
 
     Args:
         scaling: the settings.
-        function: the policy, as in `policy_function`; None: Ray's default.
-        more: gives fields of the context beside the usual, at each decision.
+        function: the policy, as in `policy_function`; None: Ray's default. Between two reports
+            what it wants must rise, or fall, as the requests and the queued ones do.
+        more: gives fields of the context beside the usual, at a moment.
     """
 
     def __init__(
         self,
         scaling: Scaling,
         function: Callable[[AutoscalingContext], tuple[int | float, dict[str, Any]]] | None = None,
-        more: Callable[[], dict[str, Any]] = dict,
+        more: Callable[[float], dict[str, Any]] = lambda _: {},
     ) -> None:
         self._now = 0.0
         self._module = _private_copy(lambda: self._now)
         said = scaling.model_dump(exclude=OWN, exclude_none=True)
         self.config = AutoscalingConfig(**said)
-        self.steady = function is None  # decisions rise with the load and with nothing else
+        self.steady = True  # decisions rise with the load and with nothing else
         self._raw = function or self._module.replica_queue_length_autoscaling_policy
         self._decide = self._module._apply_autoscaling_config(self._raw)
         self._scaling = scaling
@@ -120,9 +121,9 @@ class Policy:
         decided, self._state = self._decide(self._context(now, load, current, target))
         return self._bounded(math.ceil(decided))
 
-    def wish(self, load: float, current: int, target: int) -> int:
-        """What it would decide were there no delays."""
-        context = self._context(self._now, load, current, target)
+    def wish(self, now: float, load: float, current: int, target: int) -> int:
+        """What it would decide then, were there no delays."""
+        context = self._context(now, load, current, target)
         desired, _ = self._raw(context)
         return int(self._module._apply_scaling_factors(desired, current, self.config))
 
@@ -141,7 +142,7 @@ class Policy:
             "aggregated_metrics": None,
             "raw_metrics": None,
             "running_replicas": [],
-            **self._more(),
+            **self._more(now),
         }
         return AutoscalingContext(
             deployment_id=self._id,
@@ -173,9 +174,9 @@ def next_change(
     """The first pass of the control loop among `first` to `last` that sets another target.
 
     Passes are `period_s` apart; between them only the load changes, and from `first` to `last`
-    in one direction (a mean in which the last value is carried on). So where Ray's default policy
-    wants to the same side of the target at both ends, it does at all passes between, and only
-    those matter at which a delay begins or is over. Any other policy is asked at each pass.
+    in one direction (a mean in which the last value is carried on). So where a policy that is
+    `steady` wants to the same side of the target at both ends, it does at all passes between, and
+    only those matter at which a delay begins or is over. Another is asked at each pass.
 
     Returns:
         The pass and the new target, or None.
@@ -188,8 +189,8 @@ def next_change(
         following = tick + 1
         if policy.steady and following < last:
             sides = {
-                _side(policy.wish(load(one * period_s), current, target), target)
-                for one in (following, last)
+                _side(policy.wish(at, load(at), current, target), target)
+                for at in (following * period_s, last * period_s)
             }
             if current == 0 or sides == {0}:
                 following = last
