@@ -58,7 +58,7 @@ def begin(m: Meters, r: int) -> None:
         column[r] = 0
 
 
-@compiled
+@compiled  # type: ignore[untyped-decorator]
 def row_cost(recent: Floats, slots: int) -> float:
     """Seconds of a row in a step of a full batch, as `engine.work.Meter.row_s`."""
     if recent[ROWS] == 0:
@@ -73,7 +73,7 @@ def row_cost(recent: Floats, slots: int) -> float:
     return float(slope + (seconds - slope * rows) / max(slots, rows))
 
 
-@compiled
+@compiled  # type: ignore[untyped-decorator]
 def report(c: Cluster, m: Meters, slots: int, replicas: Ints, now: float, said: Floats) -> None:
     """Put into `said`, a row for each of the replicas, their work; NaN: nobody knows it."""
     for place in range(len(replicas)):

@@ -19,7 +19,7 @@ from serve_app.tuning.search import BATCH, Candidate, Space, front, mean_hours, 
 
 # What `num_replicas: auto` means to Ray Serve 2.60, where it differs from `Scaling`'s defaults.
 RAY_DEFAULTS = Scaling(min_replicas=1, max_replicas=100, target_ongoing_requests=2)
-SIGNALS = ("requests",)  # those of `Scaling.signal` that the simulation has
+SIGNALS = ("requests", "tokens")
 _TIE = 1.02
 _FAR = 20.0  # times the misses that the goal allows
 _JUDGED = 3 * BATCH  # settings that are tried on held-out loads at least
@@ -106,6 +106,7 @@ def recommend(
     space = Space(number, world.model.rows, SIGNALS)
     given = [fixed(number), RAY_DEFAULTS, Scaling(), wish.current]
     given += [fixed(one) for one in (number - 1, number + 1) if one >= 1]
+    given += [Scaling(max_replicas=number + 1, signal="tokens")]
     say("settings")
     tried, cut = search(
         evaluator,

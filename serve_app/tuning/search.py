@@ -70,7 +70,7 @@ class Space:
 
     replicas: int
     rows: int
-    signals: tuple[str, ...] = ("requests",)
+    signals: tuple[str, ...]
 
     def suggest(self, trial: optuna.Trial) -> Scaling:
         """The sampler's next setting."""

@@ -2,8 +2,8 @@
 
 `kernel.py` moves requests between the moments at which something is seen or changed from outside;
 those are here: loads are recorded and reported (`reports.py`), the controller decides, nodes and
-replicas come and go. What is simplified: one handle stands for all (each has clocks of its own in reality),
-the control loop takes no time, and a replica that drains is never killed.
+replicas come and go. What is simplified: one handle stands for all (each has clocks of its own in
+reality), the control loop takes no time, and a replica that drains is never killed.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class Simulation:
         self._reports = Reports(scaling, room, model.rows)
         self._record_at = math.inf
         self._policy = policy or self._reports.policy()
+        self._scales = policy is not None or scaling.min_replicas < scaling.max_replicas
         self._bucket_s = duration_s / buckets
         self._rules = _rules(model, platform, objective_s, self._bucket_s)
         self._cluster = kernel.cluster(room, model.rows, buckets, 4_096, seed)
@@ -133,15 +134,20 @@ class Simulation:
             self._set_nodes(0.0, self._nodes + 1)
             self._idle.append(0.0)
         self._note(0.0)
-        self._record_at = self._rng.uniform(0, self._reports.record_s)
-        self._at(self._rng.uniform(0, platform.push_interval_s), "push")
+        record_at = self._rng.uniform(0, self._reports.record_s)
+        push_at = self._rng.uniform(0, platform.push_interval_s)
+        if self._scales:
+            self._record_at = record_at
+            self._at(push_at, "push")
         tick = 0
         period = platform.control_period_s
         while True:
-            now = min(self._events[0][0], self._end)
+            now = min(self._events[0][0], self._end) if self._events else self._end
             # A pass at the very moment of an event comes after it.
             last = math.ceil(now / period - 1e-9) - 1
             load, current = self._reports.load.at, len(self._running)
+            if not self._scales:
+                last = tick - 1
             changed = next_change(self._policy, load, tick, last, period, current, self._target)
             if changed is not None:
                 tick, target = changed
@@ -152,7 +158,7 @@ class Simulation:
                 continue
             tick = max(tick, last + 1)
             self._advance(now)
-            if self._events[0][0] >= self._end:
+            if now >= self._end:
                 break
             at, _, kind, about = heapq.heappop(self._events)
             getattr(self, f"_{kind}")(at, *about)
