@@ -122,7 +122,7 @@ def summed(reported: Iterable[Sequence[Point]], since: float = -math.inf) -> See
     begin = max((points[0].at for points in fresh if len(points) > 1), default=-math.inf)
     rate = backlog_s = done_s = finished = 0.0
     for points in fresh:
-        within = [point for point in points if point.at >= begin]
+        within: Sequence[Point] = [point for point in points if point.at >= begin]
         if len(within) < 2:
             within = points
         backlog_s += sum(point.backlog_s for point in within) / len(within)

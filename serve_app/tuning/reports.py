@@ -58,9 +58,11 @@ class Reports:
         )
 
     def begin(self, replica: int) -> None:
-        """A replica is new."""
+        """A replica is new: what another of its number reported was not its work."""
         if self._meters is not None:
             meter.begin(self._meters, replica)
+            for _, rows in [*self._works, *self._reported_works]:
+                rows[replica] = np.nan
 
     def record(self, now: float, cluster: Cluster, running: Sequence[int]) -> None:
         """All record what there is."""

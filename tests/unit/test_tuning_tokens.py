@@ -18,6 +18,7 @@ from serve_app.tuning.arrivals import Load
 from serve_app.tuning.loads import drawn
 from serve_app.tuning.model import Decode, Encode, Platform, Scaling, ServiceModel
 from serve_app.tuning.ray_policy import Policy
+from serve_app.tuning.reports import Reports
 from serve_app.tuning.simulate import Block, Simulation, _rules
 from serve_app.tuning.sizes import Mix, Sizes
 
@@ -27,6 +28,18 @@ MODEL = ServiceModel(
     decode=Decode(step_s=0.001, row_s=0.0002, source_token_s=1e-7),
     rows=16,
     max_batch_tokens=1_000,
+    max_waiting_requests=10**6,
+)
+
+
+# No decoding to speak of, one request at a time: work is in proportion to input tokens.
+SERVER = ServiceModel(
+    encode=Encode(token_s=1e-5),
+    decode=Decode(step_s=0, row_s=0),
+    overhead_s=0,
+    max_input_tokens=10**6,
+    rows=1,
+    max_batch_tokens=1,
     max_waiting_requests=10**6,
 )
 
@@ -153,6 +166,29 @@ def test_a_replica_reports_what_an_engine_would_measure(seed: int) -> None:
     assert said[0, meter.DONE] > 500
 
 
+def test_a_new_replica_has_no_past() -> None:
+    scaling = Scaling(signal="tokens")
+    reports, cluster = Reports(scaling, 2, SERVER.rows), kernel.cluster(2, SERVER.rows, 1, 64, 1)
+    rules = _rules(SERVER, Platform(), 2.0, FOREVER)
+    ones = np.ones(40, dtype=np.int64)
+    for replica in (0, 1):
+        kernel.start(cluster, rules, replica, 0.0)
+    index = 0
+    for moment in (1.0, 2.0, 3.0):
+        load = np.arange(40) * 0.05, ones * 5_000, ones, ones
+        index = kernel.advance(cluster, rules, *load, index, moment)
+        reports.record(moment, cluster, [0, 1])
+    reports.push(3.0, cluster, [0, 1])
+    kept = reports.points(0)
+    assert len(kept) > 1
+    assert kept[-1].done_s > 0
+    reports.begin(1)
+    assert reports.points(1) == []
+    assert reports.points(0) == kept
+    reports.push(4.0, cluster, [0, 1])
+    assert reports.points(1) == []
+
+
 # What is decided
 
 
@@ -220,18 +256,6 @@ def asked(simulated: Simulation) -> list[int]:
 
     simulated._policy.decide = counted  # type: ignore[method-assign]
     return count
-
-
-# No decoding to speak of, one request at a time: work is in proportion to input tokens.
-SERVER = ServiceModel(
-    encode=Encode(token_s=1e-5),
-    decode=Decode(step_s=0, row_s=0),
-    overhead_s=0,
-    max_input_tokens=10**6,
-    rows=1,
-    max_batch_tokens=1,
-    max_waiting_requests=10**6,
-)
 
 
 @pytest.mark.parametrize(("drain_s", "replicas"), [(60, 3), (0.02, 6)])
