@@ -1,10 +1,14 @@
-"""What recommended settings gain: `python -m bench.recommend [--trials N] [--sample]`.
+"""What recommended settings gain: `python -m bench.recommend [--trials N] [--sample] [--signals]`.
 
 For each load, settings are searched on two seeds; all figures are of three others. Against Ray's
 defaults (`num_replicas: auto`), on the same engine and platform: misses of the setting that was
 found to miss least for no more replica-hours than theirs; replica-hours of the cheapest that misses
 no more than they do, on the searched seeds and on the others; and replica-hours of the recommended
 setting above perfect foresight and above the lower bound, both for the goal.
+
+With `--signals` only the signals are compared: on short greedy texts and long documents of four
+beams, whose shares change, the best setting by requests and the best by tokens, of equally many
+trials.
 """
 
 from __future__ import annotations
@@ -13,13 +17,24 @@ import argparse
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from serve_app.tuning.arrivals import Load
-from serve_app.tuning.cases import DAY_S, Case, multiplied, process_cases, trace_cases
+from serve_app.tuning.cases import (
+    DAY_S,
+    Case,
+    multiplied,
+    process_cases,
+    seeded_cases,
+    trace_cases,
+)
 from serve_app.tuning.evaluate import Evaluator, World
+from serve_app.tuning.loads import drawn
 from serve_app.tuning.model import Platform, Scaling, ServiceModel
-from serve_app.tuning.recommend import Wish, recommend
+from serve_app.tuning.recommend import SIGNALS, Wish, recommend
 from serve_app.tuning.samples import SAMPLE, TIMES
 from serve_app.tuning.search import Candidate, mean_hours
+from serve_app.tuning.simulate import Block
 from serve_app.tuning.sizes import Mix, Sizes
 from serve_app.tuning.trace import read_trace
 from serve_app.usage.reader import Tally, read_files
@@ -33,6 +48,12 @@ _LOADS = {
     "diurnal": Load("diurnal", 60, 7_200),
 }
 _GOALS = {"flash crowd": 0.95}
+# Waves of both kinds, of other lengths: now the one is most of the work, now the other.
+_MIXED_S = 1_800.0
+_SHORT = Load("diurnal", 40, _MIXED_S, period_s=1_300)
+_LONG = Load("diurnal", 8, _MIXED_S, period_s=900)
+_SHORT_SIZES = Sizes.parse("lognormal:120:0.5"), Sizes.parse("lognormal:40:0.4"), Mix.parse("1")
+_LONG_SIZES = Sizes.parse("lognormal:450:0.2"), Sizes.parse("lognormal:110:0.2"), Mix.parse("4")
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,39 @@ def measured(
         print(f"  {what:24} {value}", flush=True)
 
 
+def mixed(seed: int) -> Block:
+    """Short and long requests in the order in which they come."""
+    most = ServiceModel().max_input_tokens
+    pieces = [*drawn(_SHORT, *_SHORT_SIZES, most, seed)]
+    pieces += drawn(_LONG, *_LONG_SIZES, most, seed + 1_000)
+    at, tokens, steps, beams = map(np.concatenate, zip(*pieces, strict=True))
+    order = np.argsort(at, kind="stable")
+    return at[order], tokens[order], steps[order], beams[order]
+
+
+def signals(goal: float, trials: int, workers: int) -> None:
+    """The best setting by each signal on mixed lengths, printed."""
+    training, held_out = seeded_cases(mixed, _MIXED_S, ServiceModel(), _OBJECTIVE_S, 1)
+    world = World((*training, *held_out), ServiceModel(), Platform(), _OBJECTIVE_S)
+    print(f"mixed lengths, goal {goal:.0%}:")
+    with Evaluator(world, workers) as evaluator:
+        for signal in SIGNALS:
+            wish = Wish(goal, Scaling(), trials, 1, signals=(signal,))
+            found = recommend(evaluator, len(training), wish)
+            ours = judged(found.chosen)
+            # Who is compared has the signal; the fixed number of replicas may have been chosen.
+            moves = found.chosen.scaling.min_replicas < found.chosen.scaling.max_replicas
+            print(
+                f"  {signal:10} {'reached' if found.reached else 'not reached'}: {ours.missed:.3%} "
+                f"missed, {ours.hours:.3f} h, {found.chosen.reversals} reversals in "
+                f"{len(world.cases)} loads{'' if moves else '; a fixed number'}",
+                flush=True,
+            )
+            print(f"  {'':10} {found.chosen.scaling.model_dump(exclude_none=True)}", flush=True)
+    if found.static is not None:
+        print(f"  fixed      {judged(found.static).hours:.3f} h", flush=True)
+
+
 def _times(before: float, after: float) -> str:
     if not before:
         return "none before"
@@ -104,8 +158,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--signals", action="store_true", help="requests against tokens alone")
     parser.add_argument("--sample", action="store_true", help="the made-up day, too")
     arguments = parser.parse_args()
+    if arguments.signals:
+        signals(0.99, arguments.trials, arguments.workers)
+        return
     model = ServiceModel()
     sizes = Sizes.parse("lognormal:180:0.6"), Sizes.parse("lognormal:60:0.5"), Mix.parse("1")
     for name, load in _LOADS.items():

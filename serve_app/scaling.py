@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
@@ -33,7 +33,7 @@ PATH = "serve_app.scaling:TokenPolicy"
 SERIES = ("waiting_s", "running_s", "done_s", "finished")
 REQUEST_S = "request_s"  # in the policy's state: work of a request
 # Reports come every 10 s, with points as old as the look-back.
-_STALE_S = 30.0
+STALE_S = 30.0
 _SPARE = 1.1  # a replica goes if the others could do this much more than there is
 
 
@@ -73,7 +73,7 @@ class TokenPolicy:
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
         """Replicas wanted, and the state to be given next time."""
         try:
-            return self._decide(ctx)
+            return self.decide(ctx, look(ctx))
         except Exception:
             if not self._told:
                 logger.exception("TokenPolicy failed; Ray's own policy decides")
@@ -84,8 +84,8 @@ class TokenPolicy:
         except Exception:
             return float(ctx.target_num_replicas), {}
 
-    def _decide(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        seen = look(ctx)
+    def decide(self, ctx: AutoscalingContext, seen: Seen | None) -> tuple[float, dict[str, Any]]:
+        """The decision where replicas said what was `seen`; None: nothing that is of use."""
         state = {REQUEST_S: known} if (known := _number(ctx.policy_state.get(REQUEST_S))) else {}
         if seen is None or not ctx.current_num_replicas:
             desired, _ = replica_queue_length_autoscaling_policy(ctx)
@@ -109,7 +109,12 @@ def look(ctx: AutoscalingContext) -> Seen | None:
     reported = [_points(ctx.raw_metrics or {}, replica) for replica in _replicas(ctx)]
     since = -math.inf
     if ctx.current_time is not None and ctx.config is not None:
-        since = ctx.current_time - ctx.config.look_back_period_s - _STALE_S
+        since = ctx.current_time - ctx.config.look_back_period_s - STALE_S
+    return summed(reported, since)
+
+
+def summed(reported: Iterable[Sequence[Point]], since: float = -math.inf) -> Seen | None:
+    """What replicas said, in order of time each, without those whose last word is older."""
     fresh = [points for points in reported if points and points[-1].at >= since]
     if not fresh:
         return None
@@ -117,7 +122,7 @@ def look(ctx: AutoscalingContext) -> Seen | None:
     begin = max((points[0].at for points in fresh if len(points) > 1), default=-math.inf)
     rate = backlog_s = done_s = finished = 0.0
     for points in fresh:
-        within = [point for point in points if point.at >= begin]
+        within: Sequence[Point] = [point for point in points if point.at >= begin]
         if len(within) < 2:
             within = points
         backlog_s += sum(point.backlog_s for point in within) / len(within)

@@ -31,8 +31,6 @@ class Live:
 
 def _settings(options: dict[str, Any], scaling: Scaling, platform: Platform) -> ServiceSettings:
     """Settings of a service to start here."""
-    if scaling.signal != "requests":
-        raise CliError(f"signal: a service started here has requests, is {scaling.signal!r}")
     from pydantic import ValidationError
 
     from serve_app.config import ServiceSettings
@@ -64,7 +62,7 @@ def _replicas(options: dict[str, Any], scaling: Scaling, platform: Platform) -> 
     names = (
         *("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"),
         *("downscale_to_zero_delay_s", "upscaling_factor", "downscaling_factor"),
-        *("look_back_period_s", "aggregation_function"),
+        *("look_back_period_s", "aggregation_function", "signal", "target_drain_s"),
     )
     return {
         "min": scaling.min_replicas,
@@ -129,7 +127,12 @@ def agree(scaling: Scaling, platform: Platform, config: dict[str, Any]) -> None:
     Raises:
         CliError: it has not.
     """
+    from serve_app.scaling import PATH
+
     has = {**(config.get("autoscaling_config") or {}), **config}
+    if (policy := has.get("policy")) is not None:
+        has["signal"] = "tokens" if policy.get("policy_function") == PATH else "requests"
+        has |= policy.get("policy_kwargs") or {}
     wanted = {**scaling.model_dump(), "max_ongoing_requests": platform.max_ongoing_requests}
     for name, value in wanted.items():
         if value is None or has.get(name) is None:

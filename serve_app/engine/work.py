@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-_HALF_LIFE_S = 300.0  # of busy time, after which what was measured counts half
-_LEAST_TOKENS = 1_000.0  # encoded, before which nothing counts as measured
+HALF_LIFE_S = 300.0  # of busy time, after which what was measured counts half
+LEAST_TOKENS = 1_000.0  # encoded, before which nothing counts as measured
 # Weight of the belief that a step takes time in proportion to its rows, in squares of their mean:
 # where the rows never change, nothing tells what a fuller batch would gain.
-_BELIEF = 0.05
+BELIEF = 0.05
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class Meter:
         fresh = [new - old for new, old in zip(astuple(tally), astuple(self._last), strict=True)]
         self._last = Tally(*astuple(tally))
         busy_s = fresh[1] + fresh[3]
-        keep = 0.5 ** (busy_s / _HALF_LIFE_S)
+        keep = 0.5 ** (busy_s / HALF_LIFE_S)
         recent = astuple(self._recent)
         self._recent = Tally(*(keep * old + new for old, new in zip(recent, fresh, strict=True)))
         if self.measured:
@@ -92,7 +92,7 @@ class Meter:
     @property
     def measured(self) -> bool:
         """Whether enough was seen."""
-        return self._recent.encoded_tokens >= _LEAST_TOKENS
+        return self._recent.encoded_tokens >= LEAST_TOKENS
 
     @property
     def token_s(self) -> float:
@@ -107,7 +107,7 @@ class Meter:
             return 0.0
         rows, seconds = seen.rows / seen.steps, seen.step_s / seen.steps
         proportional = seconds / rows
-        belief = _BELIEF * rows * rows
+        belief = BELIEF * rows * rows
         covariance = seen.products / seen.steps - rows * seconds
         variance = max(seen.squares / seen.steps - rows * rows, 0.0)
         slope = (covariance + belief * proportional) / (variance + belief)

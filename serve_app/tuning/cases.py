@@ -9,7 +9,7 @@ close to that time, so the shape of the day stays and what happened when does no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,14 +65,28 @@ def process_cases(
     Raises:
         TraceError: no request came.
     """
-    cases = []
-    for number in range(TRAINING + HELD_OUT):
-        own = seed + number
+
+    def made(own: int) -> Block:
         pieces = list(drawn(load, *sizes, model.max_input_tokens, own))
         if not pieces:
             raise TraceError(f"no request came in {load.duration_s:g} s: a higher --rate is needed")
-        block = _joined(pieces)
-        cases.append(_case(f"seed {own}", block, load.duration_s, own, model, objective_s))
+        return _joined(pieces)
+
+    return seeded_cases(made, load.duration_s, model, objective_s, seed)
+
+
+def seeded_cases(
+    made: Callable[[int], Block],
+    duration_s: float,
+    model: ServiceModel,
+    objective_s: float,
+    seed: int,
+) -> tuple[list[Case], list[Case]]:
+    """Training and held-out loads, each `made` with a seed of its own."""
+    cases = [
+        _case(f"seed {own}", made(own), duration_s, own, model, objective_s)
+        for own in range(seed, seed + TRAINING + HELD_OUT)
+    ]
     return cases[:TRAINING], cases[TRAINING:]
 
 

@@ -24,14 +24,16 @@ OFF, RUNNING, DRAINING = 0, 1, 2
 FREE, HANDLE_HEAD, HANDLE_TAIL, HANDLE_WAITING, SERVING, SEED = range(6)
 # Columns of `Cluster.counts`, which has a row per time bucket.
 ARRIVED, SUCCEEDED, MET, REJECTED, LATE = range(5)
+# Columns of `Cluster.tally`: the fields of `engine.work.Tally`, in their order.
+ENCODED, ENCODE_S, STEPS, STEP_S, ROWS, SQUARES, PRODUCTS, DOCUMENTS, MADE, FINISHED = range(10)
 BINS = 2_304  # of latency histograms: 1 % wide each, from 0.1 ms on
 _LOW, _WIDTH = 1e-4, math.log(1.01)
 _INF = math.inf
 
 # Nothing here allocates, so references to arrays need no counting; with it, counting takes two
 # thirds of the time. The option is private to numba, which is pinned.
-_compiled = njit(cache=True, _nrt=False)
-_inlined = njit(cache=True, _nrt=False, forceinline=True)
+compiled = njit(cache=True, _nrt=False)
+inlined = njit(cache=True, _nrt=False, forceinline=True)
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -69,6 +71,10 @@ class Cluster(NamedTuple):
     planned: Ints  # steps of that run
     since: Floats
     step_s: Floats
+    encoding: Ints  # input tokens that were encoded before it
+    encode_s: Floats
+    tallied: Ints  # steps of it that `tally` has
+    tally: Floats  # (replica, column): what it did since it began
     head: Ints
     tail: Ints
     waiting: Ints
@@ -114,6 +120,10 @@ def cluster(replicas: int, rows: int, buckets: int, pool: int, seed: int) -> Clu
         planned=ints(replicas),
         since=np.zeros(replicas),
         step_s=np.zeros(replicas),
+        encoding=ints(replicas),
+        encode_s=np.zeros(replicas),
+        tallied=ints(replicas),
+        tally=np.zeros((replicas, 10)),
         head=ints(replicas, value=-1),
         tail=ints(replicas, value=-1),
         waiting=ints(replicas),
@@ -146,7 +156,7 @@ def grown(c: Cluster) -> Cluster:
     return c._replace(came=np.resize(c.came, 2 * size), next=following, **wider)
 
 
-@_inlined
+@inlined
 def _set_due(c: Cluster, replica: int, due: float) -> None:
     c.due[replica] = due
     node = (len(c.due) + replica) >> 1
@@ -156,7 +166,7 @@ def _set_due(c: Cluster, replica: int, due: float) -> None:
         node >>= 1
 
 
-@_inlined
+@inlined
 def _draw(c: Cluster, below: int) -> int:
     # Knuth's MMIX generator; its upper bits.
     c.scalars[SEED] = c.scalars[SEED] * 6364136223846793005 + 1442695040888963407
@@ -164,24 +174,24 @@ def _draw(c: Cluster, below: int) -> int:
     return drawn
 
 
-@_inlined
+@inlined
 def _bucket(c: Cluster, p: Rules, request: int) -> int:
     return min(int(c.came[request] / p.bucket_s), len(c.counts) - 1)
 
 
-@_inlined
+@inlined
 def _release(c: Cluster, request: int) -> None:
     c.next[request] = c.scalars[FREE]
     c.scalars[FREE] = request
 
 
-@_inlined
+@inlined
 def _fail(c: Cluster, p: Rules, request: int, kind: int) -> None:
     c.counts[_bucket(c, p, request), kind] += 1
     _release(c, request)
 
 
-@_inlined
+@inlined
 def _finish(c: Cluster, p: Rules, request: int, now: float) -> None:
     latency = now - c.came[request] + p.overhead_s
     if latency > p.deadline_s:
@@ -197,7 +207,7 @@ def _finish(c: Cluster, p: Rules, request: int, now: float) -> None:
     _release(c, request)
 
 
-@_inlined
+@inlined
 def _admit(c: Cluster, p: Rules, r: int, now: float) -> None:
     """Encode what waits and fits, then run until somebody is done."""
     count = longest = total = squares = 0
@@ -243,13 +253,35 @@ def _admit(c: Cluster, p: Rules, r: int, now: float) -> None:
     encode = p.token_s * total + p.squared_token_s * squares
     if count:
         encode += p.call_s
+    c.encoding[r], c.encode_s[r], c.tallied[r] = total, encode, 0
     c.since[r] = now + encode
     c.step_s[r] = p.step_s + p.row_s * c.rows[r] + p.source_token_s * c.source[r]
     c.planned[r] = 1 if short else steps - c.step[r]
     _set_due(c, r, c.since[r] + c.planned[r] * c.step_s[r])
 
 
-@_inlined
+@inlined
+def tally(c: Cluster, r: int, steps: int) -> None:
+    """Count what the replica has done, so many steps of the present run of them among it."""
+    fresh = steps - c.tallied[r]
+    if fresh <= 0:
+        return
+    row = c.tally[r]
+    if c.tallied[r] == 0:  # as an engine does: once the unit of work is done
+        row[ENCODED] += c.encoding[r]
+        row[ENCODE_S] += c.encode_s[r]
+    rows, seconds = c.rows[r], fresh * c.step_s[r]
+    row[STEPS] += fresh
+    row[STEP_S] += seconds
+    row[ROWS] += fresh * rows
+    row[SQUARES] += fresh * rows * rows
+    row[PRODUCTS] += rows * seconds
+    row[DOCUMENTS] += fresh * c.live[r]
+    row[MADE] += fresh * c.live[r]
+    c.tallied[r] = steps
+
+
+@inlined
 def _push(c: Cluster, p: Rules, r: int, request: int) -> bool:
     """Put a request into a replica's queue. False: that is full, and the request has failed."""
     if c.waiting[r] >= p.engine_queue:
@@ -266,7 +298,7 @@ def _push(c: Cluster, p: Rules, r: int, request: int) -> bool:
     return True
 
 
-@_inlined
+@inlined
 def _wake(c: Cluster, p: Rules, r: int, now: float) -> None:
     """Somebody came: an idle replica begins, a busy one looks after its present step."""
     if c.live[r] == 0:
@@ -278,7 +310,7 @@ def _wake(c: Cluster, p: Rules, r: int, now: float) -> None:
             _set_due(c, r, c.since[r] + steps * c.step_s[r])
 
 
-@_inlined
+@inlined
 def _pull(c: Cluster, p: Rules, r: int) -> None:
     """Take from the handle's queue what the replica may have."""
     while c.scalars[HANDLE_WAITING] > 0 and c.state[r] == RUNNING and c.ongoing[r] < p.max_ongoing:
@@ -290,7 +322,7 @@ def _pull(c: Cluster, p: Rules, r: int) -> None:
         _push(c, p, r, request)
 
 
-@_inlined
+@inlined
 def _choose(c: Cluster, p: Rules) -> int:
     count: int = c.scalars[SERVING]
     if count == 0:
@@ -312,7 +344,7 @@ def _choose(c: Cluster, p: Rules) -> int:
     return -1
 
 
-@_inlined
+@inlined
 def _route(c: Cluster, p: Rules, request: int, now: float, bounded: bool) -> None:
     # Who waits already goes first.
     r = _choose(c, p) if c.scalars[HANDLE_WAITING] == 0 else -1
@@ -332,9 +364,10 @@ def _route(c: Cluster, p: Rules, request: int, now: float, bounded: bool) -> Non
     c.scalars[HANDLE_WAITING] += 1
 
 
-@_inlined
+@inlined
 def _boundary(c: Cluster, p: Rules, r: int, now: float) -> None:
     """A run of steps has ended: who is done leaves, who waits comes in."""
+    tally(c, r, c.planned[r])
     c.step[r] += c.planned[r]
     place = 0
     while place < c.live[r]:
@@ -346,6 +379,7 @@ def _boundary(c: Cluster, p: Rules, r: int, now: float) -> None:
         c.rows[r] -= c.beams[request]
         c.source[r] -= c.tokens[request]
         c.ongoing[r] -= 1
+        c.tally[r, FINISHED] += 1
         c.finish[r, place] = c.finish[r, c.live[r]]
         c.document[r, place] = c.document[r, c.live[r]]
         _finish(c, p, request, now)
@@ -353,7 +387,7 @@ def _boundary(c: Cluster, p: Rules, r: int, now: float) -> None:
     _admit(c, p, r, now)
 
 
-@_compiled
+@compiled
 def advance(
     c: Cluster,
     p: Rules,
@@ -392,18 +426,19 @@ def advance(
         index += 1
 
 
-@_compiled
+@compiled
 def start(c: Cluster, p: Rules, r: int, now: float) -> None:
     """A replica is ready."""
     c.state[r] = RUNNING
     c.serving[c.scalars[SERVING]] = r
     c.scalars[SERVING] += 1
     c.step[r] = 0
+    c.tally[r] = 0.0
     _pull(c, p, r)
     _admit(c, p, r, now)
 
 
-@_compiled
+@compiled
 def stop(c: Cluster, r: int, now: float) -> None:
     """A replica gets no more requests and is off once it has finished those it has."""
     _unlist(c, r)
@@ -411,7 +446,7 @@ def stop(c: Cluster, r: int, now: float) -> None:
     c.stopped[r] = now
 
 
-@_inlined
+@inlined
 def _unlist(c: Cluster, r: int) -> None:
     last = c.scalars[SERVING] - 1
     for place in range(last + 1):
@@ -421,7 +456,7 @@ def _unlist(c: Cluster, r: int) -> None:
             return
 
 
-@_compiled
+@compiled
 def kill(c: Cluster, p: Rules, r: int, now: float) -> None:
     """A replica dies; its requests begin anew elsewhere."""
     _unlist(c, r)

@@ -60,7 +60,7 @@ class Scaling(_Strict):
     downscaling_factor: float = Field(1, gt=0)
     look_back_period_s: float = Field(30, gt=0)
     aggregation_function: Literal["mean", "max", "min"] = "mean"
-    signal: Literal["requests"] = "requests"
+    signal: Literal["requests", "tokens"] = "requests"
     target_drain_s: float = Field(2, gt=0, description="work before a replica; signal: tokens")
 
     @model_validator(mode="after")

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from serve_app.tuning.model import ModelFileError, Scaling
-from serve_app.tuning.ray_policy import OWN
 
 # Of the chart, where a values file does not say otherwise.
 _MOST_PODS, _SURGE_PERCENT, _PER_POD = 32, 25, 1
@@ -22,7 +21,10 @@ def overlay(scaling: Scaling, current: Scaling, values: dict[str, Any]) -> dict[
         current: the settings in force.
         values: the values in force, as far as they are known.
     """
-    config = scaling.model_dump(exclude={*OWN, "initial_replicas", "downscale_to_zero_delay_s"})
+    unsaid = {"initial_replicas", "downscale_to_zero_delay_s"}
+    if scaling.signal == "requests":
+        unsaid.add("target_drain_s")
+    config = scaling.model_dump(exclude=unsaid)
     first = current.initial_replicas
     if first is not None and not scaling.min_replicas <= first <= scaling.max_replicas:
         config["initial_replicas"] = None  # null: as many as at least

@@ -21,6 +21,7 @@ from ray.serve._private import autoscaling_metrics_merge as merge
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import (
     RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR,
+    SERVE_AUTOSCALING_DECISION_COUNTERS_KEY,
     SERVE_AUTOSCALING_DECISION_TIMESTAMP_KEY,
 )
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
@@ -29,7 +30,7 @@ from serve_app.tuning.arrivals import Floats
 from serve_app.tuning.model import Scaling
 
 RECORD_FACTOR = float(RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR)
-OWN = {"signal", "target_drain_s"}  # of `Scaling`: not Ray's
+_OWN = {"signal", "target_drain_s"}  # of `Scaling`: not Ray's
 _EPSILON = 1e-6  # as Ray has it where it compares delays
 
 
@@ -92,21 +93,22 @@ class Policy:
 
     Args:
         scaling: the settings.
-        function: the policy, as in `policy_function`; None: Ray's default.
-        more: gives fields of the context beside the usual, at each decision.
+        function: the policy, as in `policy_function`; None: Ray's default. Between two reports
+            what it wants must rise, or fall, as the requests and the queued ones do.
+        more: gives fields of the context beside the usual, at a moment.
     """
 
     def __init__(
         self,
         scaling: Scaling,
         function: Callable[[AutoscalingContext], tuple[int | float, dict[str, Any]]] | None = None,
-        more: Callable[[], dict[str, Any]] = dict,
+        more: Callable[[float], dict[str, Any]] = lambda _: {},
     ) -> None:
         self._now = 0.0
         self._module = _private_copy(lambda: self._now)
-        said = scaling.model_dump(exclude=OWN, exclude_none=True)
+        said = scaling.model_dump(exclude=_OWN, exclude_none=True)
         self.config = AutoscalingConfig(**said)
-        self.steady = function is None  # decisions rise with the load and with nothing else
+        self.steady = True  # decisions rise with the load and with nothing else
         self._raw = function or self._module.replica_queue_length_autoscaling_policy
         self._decide = self._module._apply_autoscaling_config(self._raw)
         self._scaling = scaling
@@ -120,9 +122,9 @@ class Policy:
         decided, self._state = self._decide(self._context(now, load, current, target))
         return self._bounded(math.ceil(decided))
 
-    def wish(self, load: float, current: int, target: int) -> int:
-        """What it would decide were there no delays."""
-        context = self._context(self._now, load, current, target)
+    def wish(self, now: float, load: float, current: int, target: int) -> int:
+        """What it would decide then, were there no delays."""
+        context = self._context(now, load, current, target)
         desired, _ = self._raw(context)
         return int(self._module._apply_scaling_factors(desired, current, self.config))
 
@@ -131,6 +133,12 @@ class Policy:
         """When the decision that waits for its delay began to wait."""
         since = self._state.get(SERVE_AUTOSCALING_DECISION_TIMESTAMP_KEY)
         return None if since is None else float(since)
+
+    @property
+    def waits(self) -> int:
+        """What that decision is: above 0 for more replicas, below for fewer, 0: there is none."""
+        counter = int(self._state.get(SERVE_AUTOSCALING_DECISION_COUNTERS_KEY, 0))
+        return (counter > 0) - (counter < 0)
 
     def _bounded(self, replicas: int) -> int:
         return max(self._scaling.min_replicas, min(self._scaling.max_replicas, replicas))
@@ -141,7 +149,7 @@ class Policy:
             "aggregated_metrics": None,
             "raw_metrics": None,
             "running_replicas": [],
-            **self._more(),
+            **self._more(now),
         }
         return AutoscalingContext(
             deployment_id=self._id,
@@ -173,13 +181,18 @@ def next_change(
     """The first pass of the control loop among `first` to `last` that sets another target.
 
     Passes are `period_s` apart; between them only the load changes, and from `first` to `last`
-    in one direction (a mean in which the last value is carried on). So where Ray's default policy
-    wants to the same side of the target at both ends, it does at all passes between, and only
-    those matter at which a delay begins or is over. Any other policy is asked at each pass.
+    in one direction (a mean in which the last value is carried on). So where a policy that is
+    `steady` wants to the same side of the target at two passes, it does at all between, and only
+    those matter at which a delay begins or is over. Another is asked at each pass.
 
     Returns:
         The pass and the new target, or None.
     """
+
+    def side_at(pass_: int) -> int:
+        at = pass_ * period_s
+        return _side(policy.wish(at, load(at), current, target), target)
+
     tick = first
     while tick <= last:
         decided = policy.decide(tick * period_s, load(tick * period_s), current, target)
@@ -187,20 +200,27 @@ def next_change(
             return tick, decided
         following = tick + 1
         if policy.steady and following < last:
-            sides = {
-                _side(policy.wish(load(one * period_s), current, target), target)
-                for one in (following, last)
-            }
-            if current == 0 or sides == {0}:
-                following = last
-            elif len(sides) == 1 and policy.since is not None:
-                up = sides == {1}
-                over = policy.since + _delay(policy.config, up, target) - _EPSILON
-                following = max(following, min(math.ceil(over / period_s - 1e-9), last + 1))
+            side, end = _alike(side_at, following, last)
+            if current == 0 or side == 0:
+                following = end
+            elif policy.waits == side and policy.since is not None:
+                over = policy.since + _delay(policy.config, side > 0, target) - _EPSILON
+                following = max(following, min(math.ceil(over / period_s - 1e-9), end + 1))
                 if following > last:
                     return None
         tick = following
     return None
+
+
+def _alike(side_at: Callable[[int], int], first: int, last: int) -> tuple[int, int]:
+    """The first pass' side, and the last pass on it of those that follow without a gap."""
+    side = side_at(first)
+    if side_at(last) == side:
+        return side, last
+    while last - first > 1:
+        middle = (first + last) // 2
+        first, last = (middle, last) if side_at(middle) == side else (first, middle)
+    return side, first
 
 
 def _side(wish: int, target: int) -> int:

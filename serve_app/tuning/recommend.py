@@ -19,7 +19,7 @@ from serve_app.tuning.search import BATCH, Candidate, Space, front, mean_hours, 
 
 # What `num_replicas: auto` means to Ray Serve 2.60, where it differs from `Scaling`'s defaults.
 RAY_DEFAULTS = Scaling(min_replicas=1, max_replicas=100, target_ongoing_requests=2)
-SIGNALS = ("requests",)  # those of `Scaling.signal` that the simulation has
+SIGNALS = ("requests", "tokens")
 _TIE = 1.02
 _FAR = 20.0  # times the misses that the goal allows
 _JUDGED = 3 * BATCH  # settings that are tried on held-out loads at least
@@ -35,6 +35,7 @@ class Wish:
         goal: the share of requests to be answered within the objective.
         current: the settings in force.
         until: on `time.monotonic()`'s clock: the search ends then.
+        signals: what may scale, of `Scaling.signal`.
     """
 
     goal: float
@@ -42,6 +43,7 @@ class Wish:
     trials: int
     seed: int
     until: float = math.inf
+    signals: tuple[str, ...] = SIGNALS
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,11 @@ def recommend(
     bounds = evaluator.map(_bound, [(number, wish.goal, least) for number in cases])
     say("fixed numbers of replicas")
     number, reaches = fewest(evaluator, cases, wish.goal, bounds)
-    space = Space(number, world.model.rows, SIGNALS)
+    space = Space(number, world.model.rows, wish.signals)
     given = [fixed(number), RAY_DEFAULTS, Scaling(), wish.current]
     given += [fixed(one) for one in (number - 1, number + 1) if one >= 1]
+    given += [Scaling(max_replicas=number + 1, signal="tokens")]
+    given = [one for one in given if one.signal in wish.signals]
     say("settings")
     tried, cut = search(
         evaluator,

@@ -25,7 +25,7 @@ _FLOOR = 1e-6  # of a share of misses, for its logarithm
 _LOOK_BACK = (11.0, 120.0)
 _UPSCALE_DELAY, _DOWNSCALE_DELAY = (1.0, 120.0), (10.0, 3_600.0)
 _UPSCALING, _DOWNSCALING = (0.25, 4.0), (0.1, 1.0)
-_DRAIN = (0.1, 30.0)
+_DRAIN = (0.01, 30.0)
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Space:
 
     replicas: int
     rows: int
-    signals: tuple[str, ...] = ("requests",)
+    signals: tuple[str, ...]
 
     def suggest(self, trial: optuna.Trial) -> Scaling:
         """The sampler's next setting."""

@@ -1,9 +1,9 @@
 """A load, replicas and Ray Serve's autoscaling on virtual time.
 
 `kernel.py` moves requests between the moments at which something is seen or changed from outside;
-those are here: the handle records and reports loads, the controller decides, nodes and replicas
-come and go. What is simplified: one handle stands for all (each has clocks of its own in reality),
-the control loop takes no time, and a replica that drains is never killed.
+those are here: loads are recorded and reported (`reports.py`), the controller decides, nodes and
+replicas come and go. What is simplified: one handle stands for all (each has clocks of its own in
+reality), the control loop takes no time, and a replica that drains is never killed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from serve_app.tuning import kernel
 from serve_app.tuning.arrivals import Floats
 from serve_app.tuning.model import Platform, Scaling, ServiceModel
-from serve_app.tuning.ray_policy import RECORD_FACTOR, Policy, Signal, next_change, series, signal
+from serve_app.tuning.ray_policy import Policy, next_change
+from serve_app.tuning.reports import Reports
 from serve_app.tuning.sizes import Ints
 
 Block = tuple[Floats, Ints, Ints, Ints]  # arrivals, s; input tokens; decode steps; rows
@@ -75,7 +76,7 @@ class Simulation:
     Args:
         blocks: the load, in order of arrival.
         duration_s: of the load; requests in flight then are let finish, unscaled.
-        policy: makes the policy; default: Ray's own.
+        policy: default: that of the settings, Ray's own or `scaling.TokenPolicy`.
     """
 
     def __init__(
@@ -97,9 +98,12 @@ class Simulation:
         self._end = duration_s
         self._scaling = scaling
         self._platform = platform
-        self._policy = policy or Policy(scaling)
         self._rng = np.random.default_rng([seed, 2])
         room = 2 * scaling.max_replicas + 16
+        self._reports = Reports(scaling, room, model.rows)
+        self._record_at = math.inf
+        self._policy = policy or self._reports.policy()
+        self._scales = policy is not None or scaling.min_replicas < scaling.max_replicas
         self._bucket_s = duration_s / buckets
         self._rules = _rules(model, platform, objective_s, self._bucket_s)
         self._cluster = kernel.cluster(room, model.rows, buckets, 4_096, seed)
@@ -114,9 +118,6 @@ class Simulation:
         self._lives: dict[int, tuple[int, float]] = {}  # of each replica: its start, and when
         self._idle: list[float] = []  # since when nodes have no replica
         self._nodes = 0
-        self._points: list[tuple[float, Floats]] = []  # first the queue, then each replica
-        self._reported: list[tuple[float, Floats]] = []
-        self._signal = Signal(0.0)
         self._replica_s = self._node_s = self._node_at = 0.0
         self._failures = 0
         self.timeline = Timeline()
@@ -132,19 +133,22 @@ class Simulation:
         while self._nodes < platform.min_nodes:
             self._set_nodes(0.0, self._nodes + 1)
             self._idle.append(0.0)
-        self._record_s = min(self._scaling.look_back_period_s * RECORD_FACTOR, 10.0)
         self._note(0.0)
-        self._at(self._rng.uniform(0, self._record_s), "record")
-        self._at(self._rng.uniform(0, platform.push_interval_s), "push")
+        record_at = self._rng.uniform(0, self._reports.record_s)
+        push_at = self._rng.uniform(0, platform.push_interval_s)
+        if self._scales:
+            self._record_at = record_at
+            self._at(push_at, "push")
         tick = 0
         period = platform.control_period_s
         while True:
-            now = min(self._events[0][0], self._end)
+            now = min(self._events[0][0], self._end) if self._events else self._end
             # A pass at the very moment of an event comes after it.
             last = math.ceil(now / period - 1e-9) - 1
-            changed = next_change(
-                self._policy, self._signal.at, tick, last, period, len(self._running), self._target
-            )
+            load, current = self._reports.load.at, len(self._running)
+            if not self._scales:
+                last = tick - 1
+            changed = next_change(self._policy, load, tick, last, period, current, self._target)
             if changed is not None:
                 tick, target = changed
                 at = tick * period
@@ -154,7 +158,7 @@ class Simulation:
                 continue
             tick = max(tick, last + 1)
             self._advance(now)
-            if self._events[0][0] >= self._end:
+            if now >= self._end:
                 break
             at, _, kind, about = heapq.heappop(self._events)
             getattr(self, f"_{kind}")(at, *about)
@@ -183,7 +187,14 @@ class Simulation:
         )
 
     def _advance(self, until: float) -> None:
-        """Move requests up to then."""
+        """Move requests up to then, and record on the way: no decision hangs on a record alone."""
+        while self._record_at <= min(until, self._end):
+            self._move(self._record_at)
+            self._reports.record(self._record_at, self._cluster, self._running)
+            self._record_at += self._reports.record_s
+        self._move(until)
+
+    def _move(self, until: float) -> None:
         while True:
             block = self._block or (np.empty(0), *(np.empty(0, dtype=np.int64),) * 3)
             ends = block[0][-1] if len(block[0]) else math.inf
@@ -203,45 +214,17 @@ class Simulation:
     def _at(self, at: float, kind: str, *about: int) -> None:
         heapq.heappush(self._events, (at, next(self._order), kind, about))
 
-    # Metrics: what the handle does.
-
-    def _seen(self, among: list[int]) -> Floats:
-        """Requests in the handle's queue and at each replica, NaN where there is none."""
-        row = np.full(len(self._cluster.state) + 1, np.nan)
-        row[0] = self._cluster.scalars[kernel.HANDLE_WAITING]
-        row[[one + 1 for one in among]] = self._cluster.ongoing[among]
-        return row
-
-    def _record(self, now: float) -> None:
-        self._points.append((now, self._seen(self._running)))
-        self._prune(now)
-        self._at(now + self._record_s, "record")
+    # Reports
 
     def _push(self, now: float) -> None:
-        self._prune(now)
-        self._reported = list(self._points)
-        # Who has no point yet is reported with one of this moment.
-        known = self._points[-1][1] if self._points else self._seen([]) * np.nan
-        new = [one for one in self._running if np.isnan(known[one + 1])]
-        if new or not self._points:
-            row = self._seen(new)
-            if self._points:
-                row[0] = np.nan
-            self._reported.append((now, row))
-        self._digest()
-        self._at(now + self._platform.push_interval_s, "push")
+        self._reports.push(now, self._cluster, self._running)
+        following = now + self._platform.push_interval_s
+        self._at(following, "push")
+        if self._scaling.signal == "tokens" and (stale := self._reports.stale(now)) < following:
+            self._at(math.nextafter(stale, math.inf), "digest")
 
-    def _prune(self, now: float) -> None:
-        begin = now - self._scaling.look_back_period_s
-        self._points = [point for point in self._points if point[0] > begin]
-
-    def _digest(self) -> None:
-        """What the controller makes of the last report: replicas that do not run do not count."""
-        if not self._reported:
-            return
-        columns = [0, *(one + 1 for one in self._running)]
-        kept = [(at, row[columns]) for at, row in self._reported]
-        self._signal = signal(*series(kept), self._scaling.aggregation_function)
+    def _digest(self, now: float) -> None:
+        self._reports.digest(now, self._running)
 
     # Replicas and nodes.
 
@@ -263,7 +246,7 @@ class Simulation:
             self._draining.append(replica)
             self._drained(now, replica)
         if more < 0:
-            self._digest()
+            self._digest(now)
         self._note(now)
 
     def _begin(self, now: float, on_node: bool = False) -> None:
@@ -300,9 +283,10 @@ class Simulation:
         self._lives[replica] = (start, began)
         self._running.append(replica)
         kernel.start(self._cluster, self._rules, replica, now)
+        self._reports.begin(replica)
         if rate := self._platform.failures_per_replica_hour:
             self._at(now + self._rng.exponential(3_600 / rate), "fail", replica, start)
-        self._digest()
+        self._digest(now)
         self._note(now)
 
     def _drained(self, now: float, replica: int) -> None:
@@ -322,7 +306,7 @@ class Simulation:
         kernel.kill(self._cluster, self._rules, replica, now)
         self._replica_s += now - self._lives.pop(replica)[1]
         self._begin(now, on_node=True)
-        self._digest()
+        self._digest(now)
         self._note(now)
 
     def _leave_node(self, now: float) -> None:

@@ -59,6 +59,7 @@ def test_the_same_seed_finds_the_same_over_any_number_of_processes(found: Recomm
     again = recommended(world(), workers=2)
     assert record(again, {}) == record(found, {})
     assert [one.scaling for one in again.tried] == [one.scaling for one in found.tried]
+    assert {one.scaling.signal for one in found.tried} == {"requests", "tokens"}
     other = recommended(world(), seed=2)
     assert [one.scaling for one in other.tried] != [one.scaling for one in found.tried]
 
@@ -235,9 +236,13 @@ def test_the_overlay_changes_scaling_and_what_must_change_with_it() -> None:
                 "downscaling_factor": 1,
                 "look_back_period_s": 30,
                 "aggregation_function": "mean",
+                "signal": "requests",
             }
         }
     }
+    by_tokens = chosen.model_copy(update={"signal": "tokens", "target_drain_s": 1.5})
+    config = overlay(by_tokens, Scaling(), {})["summarizer"]["autoscaling_config"]
+    assert (config["signal"], config["target_drain_s"]) == ("tokens", 1.5)
     many = overlay(Scaling(max_replicas=40), Scaling(), {})
     assert many["summarizer"]["workers"] == {"maxReplicas": 50}
     values = {"summarizer": {"max_surge_percent": 0, "workers": {"maxReplicas": 40}}}
