@@ -17,12 +17,11 @@ import torch
 from ray import serve
 from ray.exceptions import RayActorError
 
-from serve_app import app
+from serve_app import app, summarizer
 from serve_app.engine import continuous
 from serve_app.engine.checkpoint import Checkpoint, resolve
 from serve_app.engine.runner import Plan, Runner
 from serve_app.engine.tokenizer import Tokenizer
-from serve_app.summarizer import Summarizer
 from tests.integration.conftest import Deploy, Service, until
 from tests.texts import texts
 
@@ -87,7 +86,7 @@ class Faulty:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class FaultySummarizer(Summarizer):
+class Summarizer(summarizer.Summarizer):
     """A Summarizer whose engine's runner is `Faulty`; its usage folder says where the files are."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
@@ -108,9 +107,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def faulty(deploy: Deploy, faults: Path) -> Iterator[Service]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "Summarizer", FaultySummarizer)
-        # The class has another name than the deployment that the tests ask.
-        patch.setattr(FaultySummarizer, "__name__", "Summarizer")
+        patch.setattr(app, "Summarizer", Summarizer)
         yield deploy(
             "faulty",
             "/faulty",
