@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from ray import serve
+from ray import cloudpickle, serve
 from ray.exceptions import RayActorError
 
 from serve_app import app, summarizer
@@ -106,6 +107,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def faulty(deploy: Deploy, faults: Path) -> Iterator[Service]:
+    # Replicas cannot import this module.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "Summarizer", Summarizer)
         yield deploy(
