@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from ray import cloudpickle, serve
+from ray import cloudpickle
 from ray.exceptions import RayActorError
 
 from serve_app import app, summarizer
@@ -106,12 +105,12 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def faulty(deploy: Deploy, faults: Path) -> Iterator[Service]:
+def faulty(deploy: Deploy, faults: Path) -> Service:
     # Replicas cannot import this module.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "Summarizer", Summarizer)
-        yield deploy(
+        return deploy(
             "faulty",
             "/faulty",
             auth="off",
@@ -120,7 +119,6 @@ def faulty(deploy: Deploy, faults: Path) -> Iterator[Service]:
             replicas={"min": 2, "max": 2, "health_check_period_s": 0.5},
             limits={"max_new_tokens": 4_000},
         )
-    serve.delete("faulty")
 
 
 def marked(name: str, **options: Any) -> dict[str, Any]:
