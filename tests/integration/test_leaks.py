@@ -122,7 +122,7 @@ def look_at(process: psutil.Process, result: Kept) -> None:
     result.command_lines[process.pid] = name
     result.environments[process.pid] = Path(f"/proc/{process.pid}/environ").read_bytes()
     result.listening.update(
-        (name, connection.laddr.ip)
+        (name, connection.laddr.ip.removeprefix("::ffff:"))  # IPv4 by an IPv6 socket
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     )
