@@ -115,7 +115,7 @@ def faulty(deploy: Deploy, faults: Path) -> Service:
             "/faulty",
             auth="off",
             usage={"folder": str(faults)},
-            engine={"stall_s": 5, "speculation": False},
+            engine={"stall_s": 10, "speculation": False},
             replicas={"min": 2, "max": 2, "health_check_period_s": 0.5},
             limits={"max_new_tokens": 4_000},
         )
@@ -177,7 +177,7 @@ def test_an_engine_that_hangs_is_replaced_and_nobody_waits_past_the_deadline(
     before = two(faulty)
     (faults / "hang-once").touch()
     with ThreadPoolExecutor(8) as pool:
-        guilty = pool.submit(faulty.post, "/v1/summarize", marked("hang", timeout_s=2))
+        guilty = pool.submit(faulty.post, "/v1/summarize", marked("hang", timeout_s=10))
         until(lambda: (faults / "hang-never").exists(), "an engine hangs")
         others = [
             pool.submit(faulty.post, "/v1/summarize", plain(i, timeout_s=280)) for i in range(7)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,10 @@ def test_ci_runs_lint_and_all_tests(pipeline: Pipeline) -> None:
         assert f".venv/bin/{program}" in lint
     test = pipeline.command("make", "--dry-run", "test").stdout
     assert lint in test
-    assert re.search(r"^\.venv/bin/pytest *$", test, re.MULTILINE)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    runs = re.findall(r"^.*\.venv/bin/pytest (.*)$", test, re.MULTILINE)
+    folders = [word for run in runs for word in run.split() if not word.startswith("-")]
+    assert sorted(folders) == sorted(settings["testpaths"])
     for script in (ROOT / "scripts").iterdir():
         if script.is_file() and script.read_text().startswith("#!/usr/bin/env bash"):
             assert f"scripts/{script.name}" in lint
