@@ -111,7 +111,7 @@ async def test_an_engine_has_work_until_it_is_done(make: Any, direct: Any) -> No
         asyncio.create_task(client.run(EngineRequest(f"long{at}", ids[0], long))) for at in range(6)
     ]
     # For a moment the load may still have the batch before.
-    while not ((load := client.load()).running_requests and load.waiting_requests):
+    while not ((load := client.load()).running_requests and load.waiting_requests):  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     now = client.work()
     assert now.waiting_s > 0
