@@ -27,7 +27,7 @@ def test_a_full_queue_says_when_to_come_back(deploy: Deploy, status: int) -> Non
         engine={"max_waiting_requests": 2, "max_batch_size": 1, "speculation": False},
         limits={"full_status": status, "max_retry_after_s": 60, "max_new_tokens": STEPS},
     )
-    stays = service.stays(8, at_most=STEPS)
+    stays = service.stays(6, at_most=STEPS)
     with ThreadPoolExecutor(8) as pool:
         running = pool.submit(service.post, "/v1/summarize", stays)
         until(lambda: service.probe().load.running_requests == 1, "one runs")
