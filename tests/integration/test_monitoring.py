@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from ray import serve
 
 from monitoring.boards import BOARDS
 from monitoring.prometheus import Prometheus
@@ -117,9 +116,9 @@ class Load:
 
 
 @pytest.fixture
-def loaded(deploy: Deploy) -> Iterator[Service]:
+def loaded(deploy: Deploy) -> Service:
     """The application as the chart names it, with queues so short that they run over."""
-    service = deploy(
+    return deploy(
         "t5-serve",
         "/monitored",
         auth="trusted-header",
@@ -134,8 +133,6 @@ def loaded(deploy: Deploy) -> Iterator[Service]:
             ],
         },
     )
-    yield service
-    serve.delete("t5-serve")
 
 
 @pytest.mark.timeout(600)

@@ -68,4 +68,3 @@ def test_replicas_share_a_clients_bucket_and_take_other_limits_while_they_run(
         return {json.loads(line)["replica"] for line in lines}
 
     until(lambda: len(replicas()) == 2, "both replicas served")
-    serve.delete("limited")

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
-from ray import serve
 
 from monitoring.prometheus import Prometheus
 from serve_app.cli.explain import command
@@ -57,9 +56,9 @@ def sending(service: Service, client: str, clients: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def small(deploy: Deploy) -> Iterator[Service]:
+def small(deploy: Deploy) -> Service:
     """One replica at most, which is meant to have one request, and a client with a small bucket."""
-    yield deploy(
+    return deploy(
         "explained",
         "/explained",
         auth="trusted-header",
@@ -78,7 +77,6 @@ def small(deploy: Deploy) -> Iterator[Service]:
             ],
         },
     )
-    serve.delete("explained")
 
 
 @pytest.mark.timeout(600)
