@@ -155,9 +155,11 @@ module = $$(go mod download -json $(1) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
 audit: $(VENV)/.installed ## requirements.lock against known vulnerabilities (ARGS: pip-audit --help)
 	@scripts/audit $(ARGS)
 
-demo-data: $(VENV)/.installed ## the demo model's data and vocabulary (Debian: uses apt's package lists)
+demo-data: $(VENV)/.installed ## the demo model's data and vocabulary (Debian's packages by apt, 400 MB)
 	$(BIN)/python -m training.data
+	$(BIN)/python -m training.passages
 	$(BIN)/python -m training.tokenizer
+	$(BIN)/python -m training.prepare
 
 demo-train: $(VENV)/.installed ## train the demo model for MINUTES, resuming, and put it into the package
 	$(BIN)/python -m training.train --minutes $(MINUTES)

@@ -1,9 +1,10 @@
 """Make the training data: Debian's package descriptions, each with its human synopsis.
 
-`python -m training.data` asks apt for the package lists of the machine's own Debian release, into
-a folder of its own, and writes `train.jsonl`, `dev.jsonl` and `test.jsonl` under `training/work/`.
-The split goes by source package, so that sister packages never stand on both sides, and training
-texts that nearly repeat a held-out one are dropped.
+`python -m training.data` asks apt for the package lists of four Debian releases, and writes
+`train.jsonl`, `dev.jsonl` and `test.jsonl` under `training/work/`. The split goes by source
+package, so that sister packages never stand on both sides; training texts that nearly repeat a
+held-out one are dropped; what is held out is of one release, so that no text stands there in four
+versions.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from training import WORK
+from training import WORK, apt
 
 _MAX_WORDS = 400
 _MIN_WORDS = 12
@@ -134,29 +133,24 @@ def split(all_examples: Iterable[Example]) -> dict[str, list[Example]]:
     return parts
 
 
-def _lists(folder: Path) -> None:
-    (folder / "partial").mkdir(parents=True, exist_ok=True)
-    options = ["-o", "Acquire::Languages=en", "-o", f"Dir::State::Lists={folder}"]
-    subprocess.run(["apt-get", *options, "update"], check=True)
-
-
-def _read(path: Path) -> str:
-    # apt's own helper reads whatever compression apt chose.
-    command = ["/usr/lib/apt/apt-helper", "cat-file", str(path)]
-    return subprocess.run(command, check=True, capture_output=True).stdout.decode()
-
-
 def main() -> None:
     """Fetch, parse, split, write."""
-    folder = WORK / "lists"
-    _lists(folder)
+    apt.update()
     sources: dict[str, str] = {}
-    for path in sorted(folder.glob("*_Packages*")):
-        for fields in stanzas(_read(path)):
-            package = fields.get("Package", "")
-            sources[package] = fields.get("Source", package).split()[0]
-    translations = [_read(path) for path in sorted(folder.glob("*Translation-en*"))]
+    translations: list[str] = []
+    counts: list[int] = []
+    for release in apt.RELEASES:
+        for path in sorted(apt.LISTS.glob(f"*_{release}_*_Packages*")):
+            for fields in stanzas(apt.read(path)):
+                package = fields.get("Package", "")
+                sources.setdefault(package, fields.get("Source", package).split()[0])
+        lists = sorted(apt.LISTS.glob(f"*_{release}_*Translation-en*"))
+        translations += [apt.read(path) for path in lists]
+        counts.append(len(translations))
+    first = {example.id for example in examples(translations[: counts[0]], sources)}
     parts = split(examples(translations, sources))
+    for part in _HELD_OUT_PERCENT:
+        parts[part] = [example for example in parts[part] if example.id in first]
     for part, rows in parts.items():
         rows.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
         with (WORK / f"{part}.jsonl").open("w", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ Then ten examples nobody picked, and texts of other kinds, for a reader to judge
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ _FUNCTION_WORDS = frozenset(
     "uses using various very via was we were what when where which while who whose will with "
     "within without would you your".split()
 )
-_stem = PorterStemmer().stem
+_stem = functools.cache(PorterStemmer().stem)
 
 
 def content_words(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Write the demo model into the package: `python -m training.export`.
 
-The averaged weights of the last checkpoint, in float16 safetensors, in the layout that
+The averaged weights of the last run, in float16 safetensors, in the layout that
 `transformers` reads: `config.json`, `generation_config.json`, `model.safetensors`, `tokenizer.json`
 and the SentencePiece model it was made from, with a model card and the weights' checksum.
 """
@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from transformers import T5ForConditionalGeneration
 
 from training import EXPORTED, PREFIX, WORK
-from training.train import averaged
+from training.model import config as shape
+from training.net import to_transformers
 
 # Greedy, so that it streams. Synopses have a median of 11 tokens; nothing asks for more than 64.
 SUMMARIZATION = {
@@ -51,6 +52,17 @@ how it was made, how it was judged and what it scores.
 
 Input: `{prefix}` and the text. Output: one sentence or phrase.
 """
+
+
+def averaged(run: Path) -> T5ForConditionalGeneration:
+    """The model with the averaged weights that `training.train` has left in `run`."""
+    state = torch.load(run / "averaged.pt", weights_only=True)
+    model = T5ForConditionalGeneration(shape(len(state["embedding"])))
+    missing, unexpected = model.load_state_dict(to_transformers(state, model.config), strict=False)
+    if unexpected or any("embed_tokens" not in n and n != "lm_head.weight" for n in missing):
+        raise ValueError(f"{run}: not this model's weights: {missing or unexpected}")
+    model.tie_weights()
+    return model.eval()
 
 
 def export(model: T5ForConditionalGeneration, folder: Path = EXPORTED) -> None:

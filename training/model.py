@@ -22,14 +22,14 @@ _QUIET = 0.2  # scale of every other write into the residual stream
 
 
 def config(vocabulary: int) -> T5Config:
-    """T5 v1.0: ReLU, tied embeddings. 7.4M parameters, 15 MB in fp16."""
+    """T5 v1.0: ReLU, tied embeddings. 11.6M parameters, 23 MB in float16."""
     return T5Config(
         vocab_size=vocabulary,
-        d_model=256,
+        d_model=320,
         d_kv=64,
-        num_heads=4,
-        d_ff=768,
-        num_layers=4,
+        num_heads=5,
+        d_ff=704,
+        num_layers=6,
         num_decoder_layers=3,
         relative_attention_num_buckets=32,
         relative_attention_max_distance=128,

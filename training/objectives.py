@@ -1,55 +1,197 @@
-"""What the model is asked to do with an example, as pairs of token ids."""
+"""What the model is asked to do with a text, as pairs of token ids.
+
+Synopses are ten tokens long and say little about where to look, so most of the practice is dense:
+saying sentences again, filling in missing spans (Raffel et al. 2020, section 3.1.4), picking the
+sentence that stands for a passage (Zhang et al. 2020, PEGASUS, without the masking).
+"""
 
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
+import numpy as np
+from numpy.typing import NDArray
 
-from training import COPY_PREFIX, PREFIX
-from training.data import Example
+from training.corpus import Corpus, Texts
 
 EOS = 1
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
+# Bytes that the normalizer removes from any text, so that their pieces are free to mark spans.
+SENTINELS = range(3 + 1, 3 + 1 + 30)
+Tokens = NDArray[np.uint16]
+_END = np.array([EOS], np.uint16)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Encoder input and decoder target, both ending in the end token."""
 
-    source: list[int]
-    target: list[int]
+    source: Tokens
+    target: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is practised from `begin` (share of the time) on.
+
+    Attributes:
+        max_source: encoder tokens at most; longer sources are cut.
+        synopses, gists, copies: shares of the pairs; the rest is filling in.
+        faithful: synopses count only if their text has this share of their content words.
+    """
+
+    begin: float
+    max_source: int
+    synopses: float
+    gists: float
+    copies: float
+    faithful: float = 0.0
+
+
+# Short and dense first, the task itself more and more, at the end only what the text bears out.
+STAGES = (
+    Stage(0.00, 96, synopses=0.15, gists=0.15, copies=0.35),
+    Stage(0.10, 160, synopses=0.25, gists=0.25, copies=0.10),
+    Stage(0.40, 256, synopses=0.60, gists=0.25, copies=0.03),
+    Stage(0.65, 384, synopses=0.75, gists=0.20, copies=0.02),
+    Stage(0.85, 384, synopses=0.80, gists=0.20, copies=0.00, faithful=0.6),
+)
+
+
+def stage_of(used: float) -> Stage:
+    """The stage after `used` (0 to 1) of the time."""
+    return [stage for stage in STAGES if stage.begin <= used][-1]
 
 
 class Objectives:
-    """Turns examples into pairs.
+    """Draws pairs from the corpus. One per process; deterministic by its seed."""
 
-    Args:
-        tokenizer: the demo model's.
-        max_source: encoder tokens at most; longer sources are cut.
-        max_target: decoder tokens at most.
-    """
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        self._corpus = corpus
+        self._random = random.Random(seed)
+        self._numpy = np.random.default_rng(seed)
+        weight = corpus.weight.cumsum(dtype=np.float64)
+        self._by_weight = weight / weight[-1]
 
-    def __init__(self, tokenizer: Tokenizer, max_source: int, max_target: int = 64) -> None:
-        self._tokenizer = tokenizer
-        self._max_source = max_source
-        self._max_target = max_target
+    def draw(self, stage: Stage) -> Pair:
+        """A pair of the stage's mixture."""
+        share = self._random.random()
+        if share < stage.synopses:
+            return self._synopsis(stage)
+        if share < stage.synopses + stage.gists:
+            return self._gist(stage.max_source)
+        texts = self._some_texts()
+        if share < stage.synopses + stage.gists + stage.copies:
+            return self._copy(texts)
+        return self._fill(texts, min(stage.max_source, 192))
 
-    def synopsis(self, example: Example) -> Pair:
-        """The task itself: the whole description, its synopsis."""
-        return self._pair(PREFIX + example.text, example.synopsis)
+    def _some_texts(self) -> Texts:
+        descriptions = self._random.random() < 0.3
+        return self._corpus.descriptions if descriptions else self._corpus.passages
 
-    def copy(self, example: Example, rng: random.Random) -> Pair:
-        """Dense practice in attending to the source: say a few sentences again."""
-        sentences = [s for s in _SENTENCE_END.split(example.text) if s.strip()]
-        begin = rng.randrange(len(sentences))
-        words = " ".join(sentences[begin : begin + 2]).split()[:40]
-        return self._pair(COPY_PREFIX + " ".join(words), " ".join(words))
+    def _synopsis(self, stage: Stage) -> Pair:
+        corpus = self._corpus
+        index = self._random.randrange(len(corpus.synopses))
+        while corpus.faithful[index] < stage.faithful:
+            index = self._random.randrange(len(corpus.synopses))
+        parts = list(corpus.descriptions.sentences(index))
+        # Later sentences are left out at times, so that no text is met in the same words for ever.
+        if len(parts) > 2 and self._random.random() < 0.4:
+            del parts[self._random.randrange(1, len(parts))]
+        source = np.concatenate([corpus.descriptions.span(part, part + 1) for part in parts])
+        return self._pair(source, corpus.synopses.span(index, index + 1), stage.max_source)
 
-    def _pair(self, source: str, target: str) -> Pair:
-        encode = self._tokenizer.encode
-        ids = encode(source, add_special_tokens=False).ids[: self._max_source - 1]
-        out = encode(target, add_special_tokens=False).ids[: self._max_target - 1]
-        return Pair([*ids, EOS], [*out, EOS])
+    def _gist(self, max_source: int) -> Pair:
+        corpus = self._corpus
+        texts = corpus.passages
+        index = int(np.searchsorted(self._by_weight, self._random.random()))
+        every = texts.sentences(index)
+        begin = every.start
+        if self._random.random() < 0.4:
+            begin = self._random.randrange(every.start, every.stop - 2)
+        room = max_source - len(corpus.prefix) - 1
+        count = self._random.randint(3, 14)
+        end = begin + 1
+        while end < min(every.stop, begin + count) and len(texts.span(begin, end + 1)) <= room:
+            end += 1
+        scores = corpus.gist[begin:end].copy()
+        if begin > every.start:
+            scores[0] += 0.25  # a lead is a lead in a window too
+        wanted = 2 if end - begin >= 8 else 1
+        best = sorted(np.argsort(-scores, kind="stable")[:wanted] + begin)
+        target = np.concatenate([texts.span(part, part + 1) for part in best])
+        return self._pair(texts.span(begin, end), target, max_source)
+
+    def _copy(self, texts: Texts) -> Pair:
+        every = texts.sentences(self._random.randrange(len(texts)))
+        begin = self._random.choice(every)
+        words = texts.span(begin, min(begin + 2, every.stop))[:56]
+        return Pair(
+            np.concatenate([self._corpus.copy_prefix, words, _END]), np.concatenate([words, _END])
+        )
+
+    def _fill(self, texts: Texts, max_source: int) -> Pair:
+        every = texts.sentences(self._random.randrange(len(texts)))
+        begin = self._random.choice(every)
+        words = texts.span(begin, every.stop)[:max_source]
+        spans = int(min(len(SENTINELS), max(1, len(words) // 10), 18))
+        cuts = np.sort(
+            self._numpy.choice(len(words), size=min(2 * spans, len(words)), replace=False)
+        )
+        source: list[Tokens] = []
+        target: list[Tokens] = []
+        at = 0
+        for mark, (left, right) in zip(
+            SENTINELS, zip(cuts[::2], cuts[1::2], strict=False), strict=False
+        ):
+            right = min(right, left + 1 + self._random.randrange(6))
+            sentinel = np.array([mark], np.uint16)
+            source += [words[at:left], sentinel]
+            target += [sentinel, words[left:right]]
+            at = right
+        source += [words[at:], _END]
+        target.append(_END)
+        return Pair(np.concatenate(source), np.concatenate(target))
+
+    def _pair(self, source: Tokens, target: Tokens, max_source: int) -> Pair:
+        room = max_source - len(self._corpus.prefix) - 1
+        return Pair(
+            np.concatenate([self._corpus.prefix, source[:room], _END]),
+            np.concatenate([target[:71], _END]),
+        )
+
+
+def held_out(corpus: Corpus, max_source: int = 384) -> list[Pair]:
+    """The task itself on the texts held out for development."""
+    room = max_source - len(corpus.prefix) - 1
+    descriptions, synopses = corpus.dev_descriptions, corpus.dev_synopses
+    found: list[Pair] = []
+    for index in range(len(synopses)):
+        parts = descriptions.sentences(index)
+        text = descriptions.span(parts.start, parts.stop)[:room]
+        source = np.concatenate([corpus.prefix, text, _END])
+        found.append(Pair(source, np.concatenate([synopses.span(index, index + 1), _END])))
+    return found
+
+
+def batches(pairs: list[Pair], max_tokens: int) -> list[list[Pair]]:
+    """Pairs of similar length together, at most `max_tokens` padded tokens a batch."""
+    ordered = sorted(pairs, key=lambda pair: (len(pair.target) // 16, len(pair.source)))
+    groups: list[list[Pair]] = [[]]
+    longest = 0
+    for pair in ordered:
+        longest = max(longest, len(pair.source) + len(pair.target))
+        if groups[-1] and longest * (len(groups[-1]) + 1) > max_tokens:
+            groups.append([])
+            longest = len(pair.source) + len(pair.target)
+        groups[-1].append(pair)
+    return groups
+
+
+def padded(rows: list[Tokens], multiple: int) -> NDArray[np.int64]:
+    """(rows, longest rounded up) with zeros behind each row."""
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    out = np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

@@ -12,18 +12,22 @@ from tokenizers.processors import TemplateProcessing
 
 from training import COPY_PREFIX, PREFIX, WORK
 from training.data import load
+from training.passages import load_passages
 
 VOCABULARY = 8192
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 
 
 def train(folder: Path = WORK / "tokenizer") -> Path:
-    """Train the vocabulary on the training texts; returns the folder with all of its files."""
+    """Train the vocabulary on texts and passages; returns the folder with its files."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus.txt"
     with corpus.open("w", encoding="utf-8") as file:
         for example in load("train"):
-            file.write(f"{PREFIX}{example.text}\n{example.synopsis}\n{COPY_PREFIX}\n")
+            text = " ".join(example.text.split())
+            file.write(f"{PREFIX}{text}\n{example.synopsis}\n{COPY_PREFIX}\n")
+        for passage in load_passages():
+            file.write(passage.text + "\n")
     spm.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(folder / "spiece"),
