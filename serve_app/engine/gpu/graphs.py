@@ -60,6 +60,9 @@ class StepGraphs:
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] != beams}
 
     def _capture(self, group: Group, view: View, logits: Tensor) -> torch.cuda.CUDAGraph:
+        if not self._graphs:
+            # A pool whose last graph is gone takes no other.
+            self._pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()

@@ -8,10 +8,11 @@ from serve_app.engine.weights import Shape
 
 MOST_ROWS = 256  # more would make single steps slow for who waits for them
 _SPARE = 0.9  # of the free memory: allocators leave gaps, and graphs take some
+LIBRARIES = 256 << 20  # workspaces of matrix products, and kernels, which are loaded on first use
 
 
 def row_bytes(shape: Shape, plan: Plan, value_bytes: int) -> int:
-    """Memory of one row of the batch: its caches, and logits as they come and in search's three forms.
+    """Memory of one row of the batch: its caches, and its logits, raw and in search's three forms.
 
     A document with beams takes a row for each and its source's keys and values only once, so this
     is the most that a row can take.
@@ -41,7 +42,7 @@ def plan_rows(shape: Shape, plan: Plan, free_bytes: int, value_bytes: int = 2) -
     Raises:
         CheckpointError: it does not fit; the message says what would.
     """
-    left = free_bytes * _SPARE - encoder_bytes(shape, plan, value_bytes)
+    left = free_bytes * _SPARE - LIBRARIES - encoder_bytes(shape, plan, value_bytes)
     fit = max(int(left // row_bytes(shape, plan, value_bytes)), 0)
     wanted = plan.rows or 1
     if fit < wanted:
