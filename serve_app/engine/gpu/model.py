@@ -78,6 +78,13 @@ class T5:
         return sum(w.nbytes for group in (*blocks, *others, single) for w in group)
 
     @property
+    def step_bytes(self) -> int:
+        """Size of the matrices that a decoder step reads."""
+        layers = [(b.joined, b.out, b.inner, b.inner_out) for b in self._decoder]
+        others = [(part.query, part.out) for part in self._cross]
+        return self._head.nbytes + sum(w.nbytes for group in (*layers, *others) for w in group)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self._embedding.device
