@@ -66,15 +66,18 @@ class StepGraphs:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        # A stream of its own around it all, because one whose capture fails stays the current one.
-        with torch.cuda.stream(self._stream):
-            # Once in eager mode: libraries set themselves up on first use. It writes what the
-            # replay will write again.
-            logits.copy_(_decode(self._model, group, view))
-            # Other threads may use the device meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
+        try:
+            # A stream around it all, because one whose capture fails would stay the current one.
+            with torch.cuda.stream(self._stream):
+                # Once in eager mode: libraries set themselves up on first use. It writes what the
+                # replay will write again.
                 logits.copy_(_decode(self._model, group, view))
-        current.wait_stream(self._stream)
+                # Other threads may use the device meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    logits.copy_(_decode(self._model, group, view))
+        finally:
+            # Out of memory, too: what had been launched by then writes into slots.
+            current.wait_stream(self._stream)
         return graph
