@@ -7,6 +7,9 @@ import math
 import os
 import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +34,7 @@ from bench.engine.workloads import (
 )
 
 GREEDY, BEAMS = Decoding(1, 0), Decoding(4, 3)
+_SINGLE = "one request, 256 → 64 tokens, {}"
 _MOST = 64  # output tokens of copied texts
 _LOADS = (50, 80)  # percent of the best peer's throughput
 
@@ -39,7 +43,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__)
     parser.add_argument("--model", choices=models.NAMES, default="small")
-    parser.add_argument("--dtypes", nargs="+", default=["int8", "bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", help="of ours; bfloat16 on a GPU, else all three")
     parser.add_argument("--requests", type=int, default=512, help="offline, greedy")
     parser.add_argument("--beam-requests", type=int, default=128)
     parser.add_argument("--poisson-requests", type=int, default=120)
@@ -47,18 +51,27 @@ def arguments() -> argparse.Namespace:
         "--tune-seconds", type=float, default=15, help="for each of a peer's batch sizes"
     )
     parser.add_argument("--peers", default="", help="only those whose name contains this")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--rows", type=int, default=64, help="documents in our running batch")
+    parser.add_argument("--batches", type=int, nargs="+", help="of peers; more on a GPU")
+    parser.add_argument("--rows", type=int, help="of our running batch; 64, and what fits on a GPU")
     parser.add_argument("--repeats", type=int, default=7, help="of single requests")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--compiled", action="store_true", help="single requests also to a compiled generate()"
+    )
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the JSON")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--quick", action="store_true", help="few requests: does it run?")
     found = parser.parse_args()
     if found.quick:
         found.requests, found.beam_requests, found.poisson_requests = 24, 8, 12
         found.tune_seconds, found.repeats, found.batches = 1, 2, [8]
+    gpu = found.device != "cpu"
+    found.dtypes = found.dtypes or (["bfloat16"] if gpu else ["int8", "bfloat16", "float32"])
+    found.batches = found.batches or ([128, 256] if gpu else [8, 16, 32, 64])
+    if found.rows is None:
+        found.rows = 0 if gpu else 64
     return found
 
 
@@ -67,9 +80,12 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, path: Path, converted: Path | None) -> None:
         self.options, self.path = options, path
+        self.gpu = options.device != "cpu"
+        self.name = f"gpu-{options.model}" if self.gpu else options.model
+        self.failed: list[str] = []
         self.result: dict[str, Any] = {
             "model": options.model,
-            "machine": report.machine(options.threads),
+            "machine": report.machine(options.threads, gpu=self.gpu),
             "arguments": {k: str(v) for k, v in vars(options).items()},
             "throughput": {}, "latency": {}, "poisson": {}, "counts": {},
             "floor": [], "memory": [], "ratios": [],
@@ -77,7 +93,7 @@ class Bench:
         self.ours: dict[str, Worker] = {}
         self.peers: dict[str, Worker] = {}
         self.best: dict[str, tuple[str, int, float]] = {}  # by search: peer, batch, requests/s
-        for dtype in ["float32", "bfloat16"] if options.device == "cpu" else ["bfloat16"]:
+        for dtype in ["bfloat16"] if self.gpu else ["float32", "bfloat16"]:
             make = (HuggingFace, str(path), dtype, options.device, options.threads)
             self._open(self.peers, f"transformers {dtype}", *make)
         for kind in best_types() if converted else []:
@@ -102,6 +118,20 @@ class Bench:
             make = (str(self.path), dtype, self.options.device, self.options.threads, rows)
             self._open(self.ours, f"t5-serve {dtype}", Ours, *make, speculation)
 
+    def part(self, measure: Callable[..., None], *arguments: Any) -> None:
+        """Measure one thing and save it; where that fails, say so and go on."""
+        began = time.perf_counter()
+        name = " ".join(
+            [measure.__name__, *(a.label for a in arguments if isinstance(a, Decoding))]
+        )
+        try:
+            measure(*arguments)
+        except Exception:
+            traceback.print_exc()
+            self.failed.append(name)
+        report.save(self.name, self.result, self.options.results)
+        say(f"-- {name}: {time.perf_counter() - began:.1f} s")
+
     def close(self) -> None:
         """End all engines."""
         for worker in (*self.ours.values(), *self.peers.values()):
@@ -121,10 +151,25 @@ class Bench:
                 {"engine": n, "ours": n in self.ours, "median": median(t), "best": min(t)}
                 for n, t in times.items()
             ]
-            self.result["latency"][f"one request, 256 → 64 tokens, {decoding.label}"] = rows
+            self.result["latency"][_SINGLE.format(decoding.label)] = rows
             say(", ".join(f"{row['engine']} {row['median']:.3f} s" for row in rows))
             if decoding is GREEDY:
                 self._ratio("single", "single request, greedy", rows, "median")
+
+    def compiled(self) -> None:
+        """The single request, greedy, with `generate()` compiled: a minute before its first."""
+        device, threads = self.options.device, self.options.threads
+        worker = Worker(HuggingFace, str(self.path), "bfloat16", device, threads, True)
+        work = single(self.options.seed)
+        times = [worker.call("alone", work, GREEDY) for _ in range(self.options.repeats + 2)]
+        worker.close()
+        say(f"compiled: {', '.join(f'{seconds:.3f}' for seconds in times)} s")
+        name = "transformers compiled, bfloat16"
+        row = {"engine": name, "ours": False, "median": median(times[2:]), "best": min(times[2:])}
+        rows = self.result["latency"][_SINGLE.format(GREEDY.label)]
+        rows.append(row)
+        self.result["ratios"] = [one for one in self.result["ratios"] if one[0] != "single"]
+        self._ratio("single", "single request, greedy", rows, "median")
 
     def offline(self, decoding: Decoding, count: int) -> None:
         """All requests at once."""
@@ -132,9 +177,12 @@ class Bench:
         tokens = sum(work.tokens for work in works)
         rows: list[dict[str, Any]] = []
         for name, worker in self.ours.items():
+            if self.gpu:  # which captures graphs when it first needs them
+                worker.call("offline", works, decoding)
             seconds = worker.call("offline", works, decoding)
-            rows.append(_speed(name, True, self.options.rows, tokens, seconds))
-            self._floor(name, worker, works, decoding)
+            rows.append(_speed(name, True, worker.call("rows"), tokens, seconds))
+            if not self.gpu:
+                self._floor(name, worker, works, decoding)
         tuned = {n: self._tune(n, worker, works, decoding) for n, worker in self.peers.items()}
         fastest = max((rate.tokens_per_s for rate, _, _ in tuned.values()), default=0.0)
         best: tuple[str, int, float] | None = None
@@ -161,8 +209,9 @@ class Bench:
         self, name: str, worker: Worker, works: list[Work], decoding: Decoding
     ) -> tuple[Throughput, int, str]:
         """The peer's best batch size and order, on a sample of the load's own batches."""
-        # Beams stop no row early, so there only sorting by output length makes sense.
-        orders = ["input", "output"] if decoding is GREEDY else ["output"]
+        # Beams stop no row early, so there only sorting by output length makes sense; on a GPU,
+        # where a step takes as long as its launches, in greedy search as well.
+        orders = ["input", "output"] if decoding is GREEDY and not self.gpu else ["output"]
         best: tuple[Throughput, int, str] | None = None
         for order in orders:
             last = 0.0
@@ -183,7 +232,7 @@ class Bench:
         return best
 
     def _floor(self, name: str, worker: Worker, works: list[Work], decoding: Decoding) -> None:
-        if decoding is not GREEDY or self.options.device != "cpu":
+        if decoding is not GREEDY:
             return
         dtype = name.removeprefix("t5-serve ")
         # At 32 documents, for comparison: an engine of its own with as many slots.
@@ -193,11 +242,7 @@ class Bench:
         step, count = engine.call("step", 32, decoding)
         memory = engine.call("memory")
         engine.close()
-        self.result["memory"].append(
-            {"dtype": dtype, **{f"{key}_mb": value / 1e6 for key, value in memory.items()}}
-        )
-        own = (memory["peak"] - memory["before"]) / (memory["weights"] + memory["caches"])
-        self.result["ratios"].append(("memory", f"memory, {dtype}", own))
+        self._memory(dtype, memory)
         if not count:
             return
         floor = Worker(Floor, str(self.path), dtype, self.options.threads)
@@ -215,16 +260,52 @@ class Bench:
         )  # fmt: skip
         self.result["ratios"].append(("step", f"decode step over floor, {dtype}", step / total))
 
+    def _memory(self, dtype: str, memory: dict[str, int]) -> None:
+        self.result["memory"].append(
+            {"dtype": dtype, **{f"{key}_mb": value / 1e6 for key, value in memory.items()}}
+        )
+        own = (memory["peak"] - memory["before"]) / (memory["weights"] + memory["caches"])
+        self.result["ratios"].append(("memory", f"memory, {dtype}", own))
+
+    def gpu_floor(self) -> None:
+        """Steps of batches that are as long, over what reading weights and caches takes."""
+        for name, worker in self.ours.items():
+            dtype = name.removeprefix("t5-serve ")
+            self._memory(dtype, worker.call("memory"))
+            bandwidth = worker.call("bandwidth")
+            for count in sorted({32, worker.call("rows")}):
+                works = [Work(work.ids, 64) for work in mixed(count, self.options.seed + 3)]
+                for _ in range(2):
+                    worker.call("offline", works, GREEDY)
+                step, steps = worker.call("step", count, GREEDY)
+                if not steps:
+                    continue
+                weights, caches = worker.call(
+                    "step_bytes", count, source_seen(works), depth_seen(works)
+                )
+                floor = (weights + caches) / bandwidth
+                self.result["floor"].append(
+                    {
+                        "dtype": dtype, "documents": count, "steps": steps,
+                        "step_ms": step * 1e3, "floor_ms": floor * 1e3, "weights_mb": weights / 1e6,
+                        "cache_mb": caches / 1e6, "bandwidth_gb_s": bandwidth / 1e9,
+                    }
+                )  # fmt: skip
+                label = f"decode step of {count} over floor, {dtype}"
+                self.result["ratios"].append(("step", label, step / floor))
+
     def poisson(self) -> None:
         """Requests that arrive by themselves, greedy, at shares of the best peer's throughput."""
         if GREEDY.label not in self.best:
             return
         name, batch, rate = self.best[GREEDY.label]
         works = mixed(self.options.poisson_requests, self.options.seed + 2)
-        for load in _LOADS:
+        for load in _LOADS[-1:] if self.gpu else _LOADS:
             times = arrivals(len(works), rate * load / 100, self.options.seed)
             rows = []
             for engine, worker in self.ours.items():
+                if self.gpu:  # its graphs
+                    worker.call("poisson", works, times, GREEDY)
                 rows.append(_latency(engine, True, worker.call("poisson", works, times, GREEDY)))
                 say(f"{load} %: {rows[-1]}")
             peer = self.peers[name].call("poisson", works, times, GREEDY, batch)
@@ -301,21 +382,31 @@ def main() -> int:
         bench = Bench(options, path, converted)
         try:
             if options.model in ("demo", "copying"):
-                bench.copying()
+                bench.part(bench.copying)
+            elif bench.gpu:
+                bench.part(bench.open_ours, options.rows)
+                bench.part(bench.offline, GREEDY, options.requests)
+                bench.part(bench.gpu_floor)
+                bench.part(bench.offline, BEAMS, options.beam_requests)
+                bench.part(bench.poisson)
+                bench.part(bench.single)
+                if options.compiled:
+                    bench.part(bench.compiled)
             else:
-                bench.open_ours(options.rows)
-                bench.single()
-                bench.offline(GREEDY, options.requests)
-                bench.poisson()
-                bench.open_ours(options.rows * BEAMS.beams // 2)
-                bench.offline(BEAMS, options.beam_requests)
+                bench.part(bench.open_ours, options.rows)
+                bench.part(bench.single)
+                bench.part(bench.offline, GREEDY, options.requests)
+                bench.part(bench.poisson)
+                bench.part(bench.open_ours, options.rows * BEAMS.beams // 2)
+                bench.part(bench.offline, BEAMS, options.beam_requests)
         finally:
             bench.close()
     print(report.table(bench.result))
-    say(f"saved to {report.save(options.model, bench.result).name}")
     if options.plot:
         report.plot(bench.result, options.plot)
-    return 0
+    if bench.failed:
+        say(f"failed: {', '.join(bench.failed)}")
+    return bool(bench.failed)
 
 
 if __name__ == "__main__":

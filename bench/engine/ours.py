@@ -34,6 +34,7 @@ class Ours:
         from serve_app.engine.continuous import ContinuousEngine
         from serve_app.engine.protocol import BatchRan
 
+        self._gpu = device != "cpu"
         self._rss_before = resident("VmRSS")
         self._batches: list[BatchRan] = []
         self._ids = itertools.count()
@@ -63,6 +64,7 @@ class Ours:
 
     def offline(self, works: list[Work], decoding: Decoding) -> float:
         """Seconds for all requests, submitted at once in the order they come."""
+        self._batches.clear()
         began = time.perf_counter()
         self.poisson(works, [0.0] * len(works), decoding)
         return time.perf_counter() - began
@@ -111,15 +113,50 @@ class Ours:
         ]
         return (median(steps), len(steps)) if steps else (0.0, 0)
 
+    def rows(self) -> int:
+        """Of the running batch."""
+        return self._engine.load().slots
+
     def memory(self) -> dict[str, int]:
-        """Bytes: peak resident, resident before the model was loaded, weights, planned caches."""
+        """Bytes: peak resident, resident before the model was loaded, weights, planned caches.
+
+        On a GPU what torch has taken of its memory: neither its libraries nor the driver's.
+        """
+        import torch
+
         runner: Any = self._engine._runner
         return {
-            "peak": resident("VmHWM"),
-            "before": self._rss_before,
+            "peak": torch.cuda.max_memory_reserved() if self._gpu else resident("VmHWM"),
+            "before": 0 if self._gpu else self._rss_before,
             "weights": runner.weight_bytes,
             "caches": runner.cache_bytes,
         }
+
+    def bandwidth(self) -> float:
+        """Bytes per second that a copy within the GPU's memory reads and writes together."""
+        import torch
+
+        source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        times = []
+        for _ in range(12):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        del source, target
+        torch.cuda.empty_cache()
+        return 2 * (1 << 30) / median(times[2:])
+
+    def step_bytes(self, documents: int, source: float, depth: float) -> tuple[float, float]:
+        """What a greedy step must read at least: weights, and keys and values."""
+        runner: Any = self._engine._runner
+        model, shape = runner._model, runner.shape
+        inner = shape.heads * shape.head_width
+        kept = documents * shape.decoder_layers * 2 * inner * (source + depth)
+        return model.step_bytes, kept * model.dtype.itemsize
 
     def _request(self, work: Work, decoding: Decoding) -> Any:
         from serve_app.engine.protocol import EngineRequest, GenerationSettings

@@ -85,9 +85,11 @@ class _Peer:
 
 
 class HuggingFace(_Peer):
-    """`generate()` of transformers."""
+    """`generate()` of transformers; `compiled` on a GPU: its step, with caches that do not grow."""
 
-    def __init__(self, path: str, dtype: str, device: str, threads: int) -> None:
+    def __init__(
+        self, path: str, dtype: str, device: str, threads: int, compiled: bool = False
+    ) -> None:
         import torch
         from transformers import T5ForConditionalGeneration
 
@@ -95,6 +97,7 @@ class HuggingFace(_Peer):
         self.name = f"transformers {dtype}"
         self._torch = torch
         self._device = device
+        self._cache = {"cache_implementation": "static"} if compiled else {}
         model: Any = T5ForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, dtype))
         self._model = model.to(device).eval()
 
@@ -122,6 +125,7 @@ class HuggingFace(_Peer):
                 min_new_tokens=longest,
                 max_new_tokens=longest,
                 stopping_criteria=[stop] if decoding.beams == 1 else None,
+                **self._cache,
             )
 
     def _free(self, ids: list[int], least: int, most: int) -> int:

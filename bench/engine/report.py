@@ -14,8 +14,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Processor, threads and versions."""
+def machine(threads: int, *, gpu: bool = False) -> dict[str, Any]:
+    """Processor, threads and versions; the GPU's name where one is measured."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     about = dict(
@@ -33,13 +33,20 @@ def machine(threads: int) -> dict[str, Any]:
         "flags": [flag for flag in _FLAGS if flag in about.get("flags", "").split()],
         "threads": threads,
         "versions": versions,
+        **({"gpu": _gpu_name()} if gpu else {}),
     }
 
 
-def save(model: str, result: dict[str, Any]) -> Path:
+def _gpu_name() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name())
+
+
+def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write the JSON."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"engine-{model}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"engine-{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
@@ -77,10 +84,14 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {row['engine']} | " + " | ".join(cells) + " |")
         lines.append("")
     for row in result["floor"]:
+        parts = (
+            f"weights {row['weights_mb']:.0f} MB"
+            if "weights_mb" in row
+            else f"products {row['products_ms']:.1f} ({row['gflops']:.0f} GFLOP/s)"
+        )
         lines.append(
-            f"- step of {row['documents']} documents, {row['dtype']}: {row['step_ms']:.1f} ms; "
-            f"floor {row['floor_ms']:.1f} ms = products {row['products_ms']:.1f} "
-            f"({row['gflops']:.0f} GFLOP/s) + caches {row['cache_mb']:.0f} MB at "
+            f"- step of {row['documents']} documents, {row['dtype']}: {row['step_ms']:.3g} ms; "
+            f"floor {row['floor_ms']:.3g} ms = {parts} + caches {row['cache_mb']:.0f} MB at "
             f"{row['bandwidth_gb_s']:.0f} GB/s"
         )
     for row in result["memory"]:
@@ -135,7 +146,8 @@ def _colour(row: dict[str, Any]) -> str:
 def _machine_line(result: dict[str, Any]) -> str:
     about = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    on = f", {about['gpu']}" if "gpu" in about else ""
     return (
         f"{result['model']}: {about['cpu']} (family/model {about['family']}; "
-        f"{' '.join(about['flags'])}), {about['threads']} threads; {versions}"
+        f"{' '.join(about['flags'])}), {about['threads']} threads{on}; {versions}"
     )

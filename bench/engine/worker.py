@@ -8,6 +8,7 @@ only one of them works.
 from __future__ import annotations
 
 import multiprocessing
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -65,6 +66,7 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
     try:
         made = make(*arguments)
     except Exception as error:
+        traceback.print_exc()
         pipe.send((None, _line(error)))
         return
     pipe.send((None, None))
@@ -76,6 +78,7 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
         try:
             pipe.send((getattr(made, method)(*arguments), None))
         except Exception as error:
+            traceback.print_exc()
             pipe.send((None, _line(error)))
     if hasattr(made, "close"):
         made.close()

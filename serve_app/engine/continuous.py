@@ -16,7 +16,7 @@ import torch
 
 from serve_app.engine import native
 from serve_app.engine.checkpoint import Checkpoint, CheckpointError
-from serve_app.engine.faults import out_of_memory, poisoned
+from serve_app.engine.faults import let_go, out_of_memory, poisoned
 from serve_app.engine.protocol import BatchRan, Event, Finished, FinishReason, Tokens
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Advance, Plan, Runner
@@ -173,6 +173,7 @@ class ContinuousEngine(EngineThread):
             "out of memory: %d documents wait again, rows: %d", len(entries), self._rows_allowed,
             exc_info=error, extra={"request_ids": [entry.origin for entry in entries]},
         )  # fmt: skip
+        let_go(error)
         with self._lock:
             for entry in entries:
                 entry.started = entry.encoded = 0.0

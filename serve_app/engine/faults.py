@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 
 _MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -20,3 +22,17 @@ def poisoned(error: Exception) -> bool:
         return False
     lost = isinstance(error, torch.AcceleratorError)
     return lost or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the frames hold that an error has left, tensors on the device among it.
+
+    As long as somebody has the error, they live: trying again with less would find no more memory
+    than before.
+    """
+    seen: set[int] = set()
+    left: BaseException | None = error
+    while left is not None and id(left) not in seen:
+        seen.add(id(left))
+        traceback.clear_frames(left.__traceback__)
+        left = left.__cause__ or left.__context__

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
-from serve_app.engine.faults import out_of_memory, poisoned
+from serve_app.engine.faults import let_go, out_of_memory, poisoned
 from serve_app.engine.protocol import (
     Emit,
     EngineLoad,
@@ -282,6 +282,7 @@ class EngineThread:
         logger.error(
             "%d requests failed together", len(batch), exc_info=error, extra={"request_ids": ids}
         )
+        let_go(error)
         if len(batch) == 1:
             self._finish([broken(batch[0], error)])
             return

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from rouge_score import rouge_scorer
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -19,7 +18,7 @@ from serve_app.engine.checkpoint import Checkpoint, CheckpointError, resolve
 from serve_app.engine.continuous import make_runner
 from serve_app.engine.cpu.linear import Precision
 from serve_app.engine.cpu.state import State
-from serve_app.engine.gpu.memory import encoder_bytes, plan_rows, row_bytes
+from serve_app.engine.gpu.memory import LIBRARIES, encoder_bytes, plan_rows, row_bytes
 from serve_app.engine.protocol import (
     BatchRan,
     EngineRequest,
@@ -111,11 +110,11 @@ async def test_copied_spans_come_several_at_a_time(checkpoint: Checkpoint, direc
 
 
 def test_rows_of_a_card() -> None:
-    # 6 layers of keys and values, 8 heads of 64, 712 positions, two bytes; logits three times.
-    assert row_bytes(T5_SMALL, PLAN, 2) == 6 * 2 * 512 * 712 * 2 + 3 * 4 * 32_128
+    # 6 layers of keys and values, 8 heads of 64, 712 positions, two bytes; logits four times.
+    assert row_bytes(T5_SMALL, PLAN, 2) == 6 * 2 * 512 * 712 * 2 + (2 + 3 * 4) * 32_128
     fixed = encoder_bytes(T5_SMALL, PLAN, 2)
     row = row_bytes(T5_SMALL, PLAN, 2)
-    free = (fixed + 10.5 * row) / 0.9
+    free = (LIBRARIES + fixed + 10.5 * row) / 0.9
     assert plan_rows(T5_SMALL, PLAN, int(free)) == 10
     assert plan_rows(T5_SMALL, replace(PLAN, rows=7), int(free)) == 7
     assert plan_rows(T5_SMALL, PLAN, 80 << 30) == 256
@@ -194,24 +193,6 @@ async def test_low_precision_says_nearly_the_same(
     scorer = rouge_scorer.RougeScorer(["rougeL"])
     scores = [scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(truth, told, strict=True)]
     assert sum(scores) / len(scores) > 0.85
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("beams", [1, 4])
-async def test_a_gpu_says_what_generate_says(
-    checkpoint: Checkpoint, direct: Direct, beams: int
-) -> None:
-    asked = GenerationSettings(num_beams=beams, max_new_tokens=40, no_repeat_ngram_size=3)
-    inputs = [direct.ids(text) for text in texts(40)]
-    async with running(
-        checkpoint, runner="torch", device="cuda", dtype="float32", max_batch_size=16
-    ) as client:
-        outcomes = await asyncio.gather(
-            *(client.run(EngineRequest(f"{i}", ids, asked)) for i, ids in enumerate(inputs))
-        )
-    options = {"num_beams": beams, "max_new_tokens": 40, "no_repeat_ngram_size": 3}
-    for ids, outcome in zip(inputs, outcomes, strict=True):
-        assert list(outcome.ids) == direct.generate(ids, **options)
 
 
 def test_settings_reach_the_engine() -> None:

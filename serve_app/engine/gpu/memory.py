@@ -8,25 +8,26 @@ from serve_app.engine.weights import Shape
 
 MOST_ROWS = 256  # more would make single steps slow for who waits for them
 _SPARE = 0.9  # of the free memory: allocators leave gaps, and graphs take some
+LIBRARIES = 256 << 20  # workspaces of matrix products, and kernels, which are loaded on first use
 
 
 def row_bytes(shape: Shape, plan: Plan, value_bytes: int) -> int:
-    """Memory of one row of the batch: its caches, and its logits in the three forms search needs.
+    """Memory of one row of the batch: its caches, and its logits, raw and in search's three forms.
 
     A document with beams takes a row for each and its source's keys and values only once, so this
     is the most that a row can take.
     """
     inner = shape.heads * shape.head_width
     caches = shape.decoder_layers * 2 * inner * (plan.steps + plan.source) * value_bytes
-    return caches + 3 * 4 * shape.vocabulary
+    return caches + (value_bytes + 3 * 4) * shape.vocabulary
 
 
 def encoder_bytes(shape: Shape, plan: Plan, value_bytes: int) -> int:
     """Memory that encoding takes at most: `encode_tokens` of documents of the longest kind."""
     inner = shape.heads * shape.head_width
-    scores = shape.heads * plan.source * (value_bytes + 4 + 4)
+    scores = 4 * shape.heads * plan.source  # the bias, products, their sum and the weights
     between = 2 * shape.width + 4 * inner + shape.decoder_layers * 2 * inner
-    return plan.encode_tokens * (scores + (between + 8 * shape.width) * value_bytes)
+    return plan.encode_tokens * (scores + between + 8 * shape.width) * value_bytes
 
 
 def plan_rows(shape: Shape, plan: Plan, free_bytes: int, value_bytes: int = 2) -> int:
@@ -41,7 +42,7 @@ def plan_rows(shape: Shape, plan: Plan, free_bytes: int, value_bytes: int = 2) -
     Raises:
         CheckpointError: it does not fit; the message says what would.
     """
-    left = free_bytes * _SPARE - encoder_bytes(shape, plan, value_bytes)
+    left = free_bytes * _SPARE - LIBRARIES - encoder_bytes(shape, plan, value_bytes)
     fit = max(int(left // row_bytes(shape, plan, value_bytes)), 0)
     wanted = plan.rows or 1
     if fit < wanted:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.faults import let_go, out_of_memory
 from serve_app.engine.gpu.graphs import StepGraphs, forward
 from serve_app.engine.gpu.memory import plan_rows
 from serve_app.engine.gpu.model import T5
-from serve_app.engine.gpu.search import beam_step, greedy_step, output
+from serve_app.engine.gpu.search import beam_step, greedy_step
 from serve_app.engine.gpu.slots import Group
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Advance, Plan
@@ -26,6 +27,8 @@ class TorchRunner:
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
         self.shape = read_shape(checkpoint.config)
+        if plan.device.startswith("cuda:"):
+            torch.cuda.set_device(plan.device)  # streams and graphs are the current device's
         weights = WeightSource(checkpoint, self.shape, plan.device, getattr(torch, plan.dtype))
         self._model = T5(weights, self.shape)
         self._constraints = checkpoint.constraints
@@ -35,10 +38,13 @@ class TorchRunner:
         self._graphs: StepGraphs | None = None
         self._rounded = plan.rounded
         self._failed: Exception | None = None  # on a step of which a part had been done
+        self._similar = _SIMILAR
         if self._model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._model.device)
             self.most_rows = plan_rows(self.shape, plan, free, self._model.dtype.itemsize)
             self._graphs, self._rounded = StepGraphs(self._model), True
+            # Encoding takes as long as its launches do, whatever they are given.
+            self._similar = 0.0
 
     @property
     def entries(self) -> list[Entry]:
@@ -62,15 +68,16 @@ class TorchRunner:
 
     def admit(self, entries: Sequence[Entry]) -> None:
         """See `Runner.admit`."""
-        encoded = [(batch, self._encode(batch)) for batch in _microbatches(entries)]
+        encoded = [(batch, self._encode(batch)) for batch in _microbatches(entries, self._similar)]
         try:
             for batch, (keys, values) in encoded:
                 for beams in {entry.request.settings.num_beams for entry in batch}:
                     mine = [i for i, e in enumerate(batch) if e.request.settings.num_beams == beams]
+                    alone = len(mine) == len(batch)
                     self._group(beams).admit(
                         [batch[i] for i in mine],
                         [batch[i].tokens for i in mine],
-                        (keys[:, mine], values[:, mine]),
+                        (keys, values) if alone else (keys[:, mine], values[:, mine]),
                     )
         except Exception:
             self.leave(entries)
@@ -118,31 +125,53 @@ class TorchRunner:
         else:
             flags = beam_step(group, logits, eos_id, self._constraints).tolist()
             news = [None] * len(group)
+        over = [slot for slot, flag in enumerate(flags) if flag]
+        outputs = dict(zip(over, group.outputs(over), strict=True))
         advances = []
-        for slot, (entry, new, over) in enumerate(zip(group.entries, news, flags, strict=True)):
+        for slot, (entry, new) in enumerate(zip(group.entries, news, strict=True)):
             streamed = [new] if entry.request.stream and new is not None else []
-            advances.append(Advance(entry, 1, streamed, output(group, slot) if over else None))
+            advances.append(Advance(entry, 1, streamed, outputs.get(slot)))
         return advances
 
     def _group(self, beams: int) -> Group:
         if beams not in self._groups:
-            group = self._groups[beams] = Group(self._model, beams)
-            if self._graphs is not None:
-                # All room at once: graphs are of tensors where they lie.
-                slots = max(self.most_rows // beams, 1)
-                group.reserve(slots, self._plan.steps, self._plan.source)
+            try:
+                self._groups[beams] = self._new_group(beams)
+            except Exception as error:
+                empty = [b for b, group in self._groups.items() if not len(group)]
+                if not (empty and out_of_memory(error)):
+                    raise
+                # Rows are planned for all of them together, but each group keeps room for all.
+                let_go(error)
+                for other in empty:
+                    self._forget(other)
+                self._groups[beams] = self._new_group(beams)
         return self._groups[beams]
+
+    def _new_group(self, beams: int) -> Group:
+        group = Group(self._model, beams)
+        if self._graphs is not None:
+            # All room at once: graphs are of tensors where they lie.
+            slots = max(self.most_rows // beams, 1)
+            group.reserve(slots, self._plan.steps, self._plan.source)
+            self._graphs.reserve(slots * beams)
+        return group
+
+    def _forget(self, beams: int) -> None:
+        del self._groups[beams]
+        if self._graphs is not None:
+            self._graphs.forget(beams)
 
     def _encode(self, batch: list[Entry]) -> tuple[Tensor, Tensor]:
         ids, mask = padded(batch, self.shape.pad_id, self._model.device)
         return self._model.encode(ids, mask)
 
 
-def _microbatches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+def _microbatches(entries: Sequence[Entry], similar: float) -> Iterator[list[Entry]]:
     """Documents of similar length together, so that little is encoded that is padding."""
     batch: list[Entry] = []
     for entry in sorted(entries, key=lambda entry: -entry.tokens):
-        if batch and entry.tokens < _SIMILAR * batch[0].tokens:
+        if batch and entry.tokens < similar * batch[0].tokens:
             yield batch
             batch = []
         batch.append(entry)

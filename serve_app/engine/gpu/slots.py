@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.gpu.model import T5
+from serve_app.engine.gpu.state import State
 from serve_app.engine.queue import Entry
 
-LOWEST = torch.finfo(torch.float32).min
 UNLIKELY = -1e9  # `generate()`'s score of a beam that is not there
 _ROOM = 64  # tensors grow at least by so many positions
 
@@ -36,22 +36,8 @@ class View(NamedTuple):
 
 
 class Group:
-    """Documents decoded with `beams` beams each.
+    """Documents decoded with `beams` beams each; their `state` is a `State`."""
 
-    State of slot i (the first dimension): `tokens` (beams, 1 + steps), the start token first;
-    `steps`, the tokens generated so far; the request's `least` and `most` new tokens, n-gram size
-    `ngram`, length `penalty`, `repetition` penalty and `early` stopping; `sources`, the length of
-    its input. For beam search `scores` (beams,), `ancestry` (beams, steps), and of the finished
-    hypotheses `best_tokens`,
-    `best_scores`, `best_done`, `best_steps`; `improvable` says whether running beams may still beat
-    them.
-    """
-
-    _SLOTTED = (
-        "tokens", "steps", "least", "most", "ngram", "penalty", "early", "scores", "ancestry",
-        "best_tokens", "best_scores", "best_done", "best_steps", "improvable", "sources",
-        "repetition",
-    )  # fmt: skip
     _CACHES = ("keys", "values", "cross_keys", "cross_values")  # the slot is the second dimension
 
     def __init__(self, model: T5, beams: int) -> None:
@@ -61,25 +47,14 @@ class Group:
         shape, device, dtype = model.shape, model.device, model.dtype
         layers, heads, width = shape.decoder_layers, shape.heads, shape.head_width
 
-        def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        def empty(*size: int) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.tokens = empty(0, beams, 1)
-        self.steps, self.least, self.most, self.ngram = (empty(0) for _ in range(4))
-        self.penalty = empty(0, dtype=torch.float64)
-        self.repetition = empty(0, dtype=torch.float32)
-        self.early, self.improvable = (empty(0, dtype=torch.bool) for _ in range(2))
-        self.scores = empty(0, beams, dtype=torch.float32)
-        self.ancestry = empty(0, beams, 0)
-        self.best_tokens = empty(0, beams, 1)
-        self.best_scores = empty(0, beams, dtype=torch.float32)
-        self.best_done = empty(0, beams, dtype=torch.bool)
-        self.best_steps = empty(0, beams)
-        self.sources = empty(0)
-        self.keys = empty(layers, 0, heads, 0, beams, width, dtype=dtype)
-        self.values = empty(layers, 0, heads, 0, beams, width, dtype=dtype)
-        self.cross_keys = empty(layers, 0, heads, width, 0, dtype=dtype)
-        self.cross_values = empty(layers, 0, heads, 0, width, dtype=dtype)
+        self.state = State(0, beams, 0, device)
+        self.keys = empty(layers, 0, heads, 0, beams, width)
+        self.values = empty(layers, 0, heads, 0, beams, width)
+        self.cross_keys = empty(layers, 0, heads, width, 0)
+        self.cross_values = empty(layers, 0, heads, 0, width)
         # Kept beside the tensors, to be asked without waiting for the device.
         self._depth: list[int] = []
         self._source: list[int] = []
@@ -99,6 +74,11 @@ class Group:
         return sum(getattr(self, name).nbytes for name in self._CACHES)
 
     @property
+    def _room(self) -> tuple[int, int, int]:
+        """Slots, steps and source positions that the tensors hold."""
+        return len(self.state.rows), self.state.ancestry.shape[2], self.cross_values.shape[3]
+
+    @property
     def longest(self) -> int:
         """Most tokens that one of the documents has generated."""
         return max(self._depth)
@@ -108,7 +88,7 @@ class Group:
         exact = View(len(self.entries), max(self._depth) + 1, max(self._source))
         if not rounded:
             return exact
-        room = View(self.steps.shape[0], self.ancestry.shape[2], self.cross_values.shape[3])
+        room = View(*self._room)
         least = View(1, _ROOM, 2 * _ROOM)
         return View(
             *(min(up(n, low), most) for n, low, most in zip(exact, least, room, strict=True))
@@ -124,24 +104,26 @@ class Group:
         """
         keys, values = encoded
         first, count, source = len(self.entries), len(entries), max(lengths)
-        most = max(entry.request.settings.max_new_tokens for entry in entries)
-        self.reserve(first + count, most, source)
+        asked = [entry.request.settings for entry in entries]
+        self.reserve(first + count, max(one.max_new_tokens for one in asked), source)
         slots = slice(first, first + count)
-        for name in self._SLOTTED:
-            getattr(self, name)[slots] = 0
-        for index, (entry, length) in enumerate(zip(entries, lengths, strict=True), first):
-            settings = entry.request.settings
-            self.least[index] = settings.min_new_tokens
-            self.most[index] = settings.max_new_tokens
-            self.ngram[index] = settings.no_repeat_ngram_size
-            self.penalty[index] = settings.length_penalty
-            self.repetition[index] = settings.repetition_penalty
-            self.early[index] = settings.early_stopping
-            self.sources[index] = length
-        self.tokens[slots, :, 0] = self._model.shape.start_id
-        self.scores[slots, 1:] = UNLIKELY
-        self.best_scores[slots] = UNLIKELY
-        self.improvable[slots] = True
+        # Made on the host and copied at once; from pinned memory, which nobody waits for.
+        new = State(
+            count, self.beams, self.state.ancestry.shape[2], torch.device("cpu"),
+            pinned=self._model.device.type == "cuda",
+        )  # fmt: skip
+        new.least[:] = torch.tensor([one.min_new_tokens for one in asked])
+        new.most[:] = torch.tensor([one.max_new_tokens for one in asked])
+        new.ngram[:] = torch.tensor([one.no_repeat_ngram_size for one in asked])
+        new.penalty[:] = torch.tensor([one.length_penalty for one in asked], dtype=torch.float64)
+        new.repetition[:] = torch.tensor([one.repetition_penalty for one in asked])
+        new.early[:] = torch.tensor([one.early_stopping for one in asked])
+        new.sources[:] = torch.tensor(lengths)
+        new.tokens[:, :, 0] = self._model.shape.start_id
+        new.scores[:, 1:] = UNLIKELY
+        new.best_scores.fill_(UNLIKELY)
+        new.improvable.fill_(True)
+        self.state.rows[slots].copy_(new.rows, non_blocking=True)
         self.cross_keys[:, slots, ..., :source] = keys[..., :source]
         self.cross_values[:, slots, :, :source] = values[..., :source, :]
         self.entries.extend(entries)
@@ -153,15 +135,13 @@ class Group:
         for slot in sorted(slots, reverse=True):
             last = len(self.entries) - 1
             if slot != last:
-                for name in self._SLOTTED:
-                    tensor = getattr(self, name)
-                    tensor[slot] = tensor[last]
+                self.state.rows[slot].copy_(self.state.rows[last])
                 depth, source = self._depth[last], self._source[last]
                 for tensor in (self.keys, self.values):
                     tensor[:, slot, :, :depth] = tensor[:, last, :, :depth]
                 self.cross_keys[:, slot, ..., :source] = self.cross_keys[:, last, ..., :source]
                 self.cross_values[:, slot, :, :source] = self.cross_values[:, last, :, :source]
-            self.steps[last] = self.sources[last] = 0
+            self.state.rows[last].zero_()
             self.entries[slot] = self.entries[last]
             self._depth[slot], self._source[slot] = self._depth[last], self._source[last]
             del self.entries[last], self._depth[last], self._source[last]
@@ -170,39 +150,55 @@ class Group:
         """Prepare a step; returns each row's newest token, (slots * beams,)."""
         device, (count, depth, source) = self._model.device, view
         self._view = view
-        steps = self.steps[:count]
+        state, lowest = self.state, torch.finfo(self._model.dtype).min
+        steps = state.steps[:count]
         position = torch.arange(depth, device=device)
         back = steps[:, None] - position
-        distances = self._model.distance_bias(self.ancestry.shape[2])
+        distances = self._model.distance_bias(state.ancestry.shape[2])
         bias = distances[:, back.clamp(min=0)].transpose(0, 1)
         seen = back >= 0
         here = steps[:, None, None].expand(-1, self.beams, 1)
         if self.beams == 1:
-            mask = bias.masked_fill(~seen[:, None], LOWEST)[:, :, None]
+            mask = bias.masked_fill(~seen[:, None], lowest)[:, :, None]
         else:
             beam = torch.arange(self.beams, device=device)
-            self.ancestry[:count].scatter_(2, here, beam[None, :, None].expand(count, -1, 1))
-            own = self.ancestry[:count, :, :depth, None] == beam
+            state.ancestry[:count].scatter_(2, here, beam[None, :, None].expand(count, -1, 1))
+            own = state.ancestry[:count, :, :depth, None] == beam
             own &= seen[:, None, :, None]
             wide = bias[:, :, None, :, None].expand(-1, -1, self.beams, -1, self.beams)
-            mask = wide.masked_fill(~own[:, None], LOWEST).flatten(3)
+            mask = wide.masked_fill(~own[:, None], lowest).flatten(3)
         self._mask = mask
         self._slot = torch.arange(count, device=device)
-        padding = torch.arange(source, device=device) >= self.sources[:count, None]
-        self._cross_mask = torch.zeros(padding.shape, device=device).masked_fill_(padding, LOWEST)
-        self._cross_mask = self._cross_mask[:, None, None]
-        return self.tokens[:count].gather(2, here).flatten()
+        padding = torch.arange(source, device=device) >= state.sources[:count, None]
+        nothing = torch.zeros(padding.shape, dtype=self._model.dtype, device=device)
+        self._cross_mask = nothing.masked_fill_(padding, lowest)[:, None, None]
+        return state.tokens[:count].gather(2, here).flatten()
+
+    def outputs(self, slots: Sequence[int]) -> list[list[int]]:
+        """Tokens of documents that are done, without the start token."""
+        if not slots:
+            return []
+        state, end = self.state, self.longest + 1
+        if self.beams == 1:
+            steps = [self._depth[slot] for slot in slots]
+            tokens = state.tokens
+        else:
+            steps = torch.stack([state.best_steps[slot, 0] for slot in slots]).tolist()
+            tokens = state.best_tokens
+        # One copy from the device for all of them.
+        rows = torch.stack([tokens[slot, 0, 1:end] for slot in slots]).tolist()
+        return [row[:count] for row, count in zip(rows, steps, strict=True)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Self-attention of the group's rows; see `serve_app.engine.gpu.model.SelfAttend`."""
         count, depth, _ = self._view
-        here = self.steps[:count]
+        here = self.state.steps[:count]
         self.keys[layer][self._slot, :, here] = self._by_head(key)
         self.values[layer][self._slot, :, here] = self._by_head(value)
         keys = self.keys[layer, :count, :, :depth].flatten(2, 3)
         values = self.values[layer, :count, :, :depth].flatten(2, 3)
         scores = self._by_head(query) @ keys.transpose(-1, -2) + self._mask
-        return self._by_row(torch.softmax(scores, -1).to(values.dtype) @ values)
+        return self._by_row(torch.softmax(scores, -1) @ values)
 
     def cross(self, layer: int, query: Tensor) -> Tensor:
         """Cross-attention of the group's rows; see `serve_app.engine.gpu.model.CrossAttend`."""
@@ -210,11 +206,11 @@ class Group:
         keys = self.cross_keys[layer, :count, ..., :source]
         values = self.cross_values[layer, :count, :, :source]
         scores = self._by_head(query) @ keys + self._cross_mask
-        return self._by_row(torch.softmax(scores, -1).to(values.dtype) @ values)
+        return self._by_row(torch.softmax(scores, -1) @ values)
 
     def end(self) -> None:
         """Count the step that has been decoded."""
-        self.steps[: len(self.entries)] += 1
+        self.state.steps[: len(self.entries)] += 1
         self._depth = [depth + 1 for depth in self._depth]
 
     def _by_head(self, rows: Tensor) -> Tensor:
@@ -232,28 +228,22 @@ class Group:
         def grown(now: int, wanted: int, room: int) -> int:
             return now if wanted <= now else max(wanted, now + max(now // 2, room))
 
-        slots = grown(self.steps.shape[0], slots, 4)
-        steps = grown(self.ancestry.shape[2], steps, _ROOM)
-        source = grown(self.cross_values.shape[3], source, _ROOM)
-        if (slots, steps, source) == (
-            self.steps.shape[0], self.ancestry.shape[2], self.cross_values.shape[3],
-        ):  # fmt: skip
+        now = self._room
+        slots = grown(now[0], slots, 4)
+        steps = grown(now[1], steps, _ROOM)
+        source = grown(now[2], source, _ROOM)
+        if (slots, steps, source) == now:
             return
+        state = State(slots, self.beams, steps, self._model.device)
+        state.take_over(self.state)
         tensors: dict[str, Tensor] = {}
-        for name in self._SLOTTED:
-            tensor = getattr(self, name)
-            size = [slots, *tensor.shape[1:]]
-            if name in ("tokens", "best_tokens"):
-                size[2] = steps + 1
-            elif name == "ancestry":
-                size[2] = steps
-            tensors[name] = _resized(tensor, size)
         for name in self._CACHES:
             tensor = getattr(self, name)
             size = [tensor.shape[0], slots, *tensor.shape[2:]]
             size[{"cross_keys": 4}.get(name, 3)] = source if name.startswith("cross") else steps
             tensors[name] = _resized(tensor, size)
         # All of them or, out of memory, none.
+        self.state = state
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
         self.moved += 1

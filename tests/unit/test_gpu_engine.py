@@ -1,0 +1,447 @@
+"""The torch runner as a GPU runs it: against `generate()`, with CUDA graphs, out of memory, lost.
+
+Where there is no GPU, what needs none runs on the CPU, in the views that graphs would capture.
+`python -m pytest tests/unit/test_gpu_engine.py` needs of the dependencies only torch, transformers,
+safetensors and pytest with its plugins for anyio and timeouts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from serve_app.engine.checkpoint import Checkpoint, resolve
+from serve_app.engine.client import EngineClient
+from serve_app.engine.continuous import ContinuousEngine
+from serve_app.engine.gpu.graphs import forward
+from serve_app.engine.gpu.runner import TorchRunner
+from serve_app.engine.protocol import BatchRan, EngineRequest, Failed, Finished, GenerationSettings
+from serve_app.engine.queue import Entry
+from serve_app.engine.runner import Plan
+from tests.texts import texts
+
+pytestmark = pytest.mark.anyio
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+VOCABULARY = 997
+SEARCHES = {
+    "greedy": GenerationSettings(max_new_tokens=40, no_repeat_ngram_size=3),
+    "greedy-bounds": GenerationSettings(
+        min_new_tokens=25, max_new_tokens=30, repetition_penalty=1.3
+    ),
+    "beams": GenerationSettings(
+        num_beams=4, min_new_tokens=8, max_new_tokens=40, no_repeat_ngram_size=3,
+        length_penalty=2.0, early_stopping=True,
+    ),
+    "beams-open": GenerationSettings(num_beams=3, max_new_tokens=24, length_penalty=0.6),
+}  # fmt: skip
+GREEDY = GenerationSettings(min_new_tokens=12, max_new_tokens=12)
+BEAMS = GenerationSettings(num_beams=4, min_new_tokens=12, max_new_tokens=12)
+
+
+class Engine(ContinuousEngine):
+    """A continuous engine on the torch runner, wherever it runs; `graphs` can be done without."""
+
+    graphs = True
+
+    def _make_runner(self, checkpoint: Checkpoint, plan: Plan) -> TorchRunner:  # type: ignore[override]
+        runner = TorchRunner(checkpoint, replace(plan, rounded=True))
+        if not self.graphs:
+            runner._graphs = None
+        return runner
+
+
+class Eager(Engine):
+    graphs = False
+
+
+@asynccontextmanager
+async def running(
+    checkpoint: Checkpoint, kind: type[Engine] = Engine, **options: Any
+) -> AsyncIterator[tuple[EngineClient, list[Any]]]:
+    seen: list[Any] = []
+    client = EngineClient(lambda emit: kind(checkpoint, emit, threads=1, **options), seen.append)
+    try:
+        yield client, seen
+    finally:
+        await asyncio.to_thread(client.close)
+        # Freed now, and not by the garbage collector while the next engine captures a graph.
+        runner: Any = client._engine._runner  # type: ignore[attr-defined]
+        runner._groups.clear()
+        runner._graphs = None
+
+
+async def outputs(
+    client: EngineClient, inputs: Sequence[list[int]], asked: Sequence[GenerationSettings]
+) -> list[list[int]]:
+    """What an engine makes of requests that come at once."""
+    requests = [
+        EngineRequest(f"{i}", ids, settings)
+        for i, (ids, settings) in enumerate(zip(inputs, asked, strict=True))
+    ]
+    outcomes = await asyncio.gather(*map(client.run, requests))
+    assert [one for one in outcomes if not isinstance(one, Finished)] == []
+    return [list(one.ids) for one in outcomes]
+
+
+class Reference:
+    """`generate()` of a checkpoint, and its logits."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
+        self._device = device
+        model: Any = T5ForConditionalGeneration.from_pretrained(str(checkpoint.path), dtype=dtype)
+        self._model = model.to(device).eval()
+
+    @torch.inference_mode()
+    def generate(
+        self, inputs: Sequence[list[int]], settings: GenerationSettings
+    ) -> list[list[int]]:
+        """Output ids without special tokens."""
+        width = max(map(len, inputs))
+        ids = torch.tensor([one + [0] * (width - len(one)) for one in inputs], device=self._device)
+        mask = torch.tensor(
+            [[1] * len(one) + [0] * (width - len(one)) for one in inputs], device=self._device
+        )
+        said = {key: value or None for key, value in asdict(settings).items()}
+        if settings.num_beams == 1:
+            del said["length_penalty"], said["early_stopping"]
+        found = self._model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **said)
+        rows = [row[1:] for row in found.tolist()]
+        return [row[: row.index(1)] if 1 in row else row[: settings.max_new_tokens] for row in rows]
+
+    @torch.inference_mode()
+    def logits(self, source: list[int], output: list[int]) -> Tensor:
+        """Logits of each token of an output, (tokens, vocabulary), float32."""
+        found = self._model(
+            input_ids=torch.tensor([source], device=self._device),
+            decoder_input_ids=torch.tensor([[0, *output[:-1]]], device=self._device),
+        )
+        return found.logits[0].float().cpu()
+
+
+@torch.inference_mode()
+def logits(
+    checkpoint: Checkpoint,
+    inputs: Sequence[list[int]],
+    told: Sequence[list[int]],
+    *,
+    graphs: bool = True,
+    **options: Any,
+) -> list[Tensor]:
+    """Logits of a runner that is told what to choose, for each input (tokens, vocabulary)."""
+    steps = max(map(len, told))
+    plan = Plan(rows=len(inputs), steps=steps, source=512, rounded=True, **options)
+    runner = TorchRunner(checkpoint, plan)
+    settings = GenerationSettings(max_new_tokens=steps)
+    entries = [Entry(EngineRequest(f"{i}", ids, settings), 0.0) for i, ids in enumerate(inputs)]
+    runner.admit(entries)
+    [group] = runner._groups.values()
+    slots = [entries.index(entry) for entry in group.entries]
+    made = []
+    for step in range(steps):
+        view = group.view(rounded=True)
+        if graphs and runner._graphs is not None:
+            made.append(runner._graphs(group, view).cpu()[: len(inputs)])
+        else:
+            made.append(forward(runner._model, group, view).cpu()[: len(inputs)])
+        chosen = [told[slot][step] if step < len(told[slot]) else 0 for slot in slots]
+        group.state.tokens[: len(slots), 0, step + 1] = torch.tensor(chosen)
+        group.end()
+    by_slot = torch.stack(made, 1)
+    return [by_slot[slots.index(i)][: len(one)] for i, one in enumerate(told)]
+
+
+def random_inputs(count: int, longest: int, seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [
+        [*rng.choices(range(3, VOCABULARY), k=rng.randint(1, longest - 1)), 1] for _ in range(count)
+    ]
+
+
+def random_model(path: Path, factor: float) -> Checkpoint:
+    torch.manual_seed(7)
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4,
+        "num_layers": 2, "decoder_start_token_id": 0, "initializer_factor": factor,
+    }  # fmt: skip
+    T5ForConditionalGeneration(T5Config(**shape)).save_pretrained(path)
+    return resolve(str(path))
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A random model whose logits lie far apart: rounding must not decide between tokens."""
+    return random_model(tmp_path_factory.mktemp("spread"), 3.0)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A random model as they are initialized; the other multiplies what rounding does."""
+    return random_model(tmp_path_factory.mktemp("calm"), 1.0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A random model of T5-small's shape."""
+    from bench.engine import models
+
+    return resolve(str(models.build("small", tmp_path_factory.mktemp("small"), 3)))
+
+
+@pytest.fixture(scope="module")
+def summaries(checkpoint: Checkpoint) -> list[list[int]]:
+    """The demo model's inputs for real texts."""
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.path))
+    return [tokenizer("summarize: " + text).input_ids for text in texts(16)]
+
+
+# What it says
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("search", SEARCHES)
+async def test_float32_says_what_generate_says(
+    checkpoint: Checkpoint,
+    spread: Checkpoint,
+    summaries: list[list[int]],
+    device: str,
+    search: str,
+) -> None:
+    settings = SEARCHES[search]
+    for model, inputs in ((spread, random_inputs(16, 300, 1)), (checkpoint, summaries)):
+        expected = Reference(model, device, torch.float32).generate(inputs, settings)
+        # Fewer rows than documents: some start when others end.
+        options = {"device": device, "dtype": "float32", "max_batch_size": 24}
+        async with running(model, **options) as (client, _):
+            assert await outputs(client, inputs, [settings] * len(inputs)) == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+async def test_slots_are_used_again_while_others_go_on(spread: Checkpoint, device: str) -> None:
+    """Greedy and beam search side by side, of all lengths, each in its own time, some cancelled."""
+    rng = random.Random(5)
+    inputs = random_inputs(48, 400, 2)
+    asked = [
+        replace(rng.choice(list(SEARCHES.values())), max_new_tokens=rng.choice([26, 45, 90]))
+        for _ in inputs
+    ]
+    reference = Reference(spread, device, torch.float32)
+    expected: dict[int, list[int]] = {}
+    for settings in set(asked):
+        mine = [i for i, one in enumerate(asked) if one == settings]
+        told = reference.generate([inputs[i] for i in mine], settings)
+        expected.update(zip(mine, told, strict=True))
+    options = {"device": device, "dtype": "float32", "max_batch_size": 10}
+    async with running(spread, **options) as (client, _):
+
+        async def leave_early(index: int) -> None:
+            request = EngineRequest(f"gone{index}", inputs[index], GREEDY, stream=True)
+            events = client.events(replace(request, settings=SEARCHES["greedy-bounds"]))
+            await anext(events)
+            await events.aclose()
+
+        found, *_ = await asyncio.gather(
+            outputs(client, inputs, asked), *(leave_early(i) for i in range(6))
+        )
+    assert [i for i, ids in enumerate(found) if ids != expected[i]] == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["calm", "demo"])
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(
+    checkpoint: Checkpoint,
+    calm: Checkpoint,
+    summaries: list[list[int]],
+    device: str,
+    model: str,
+) -> None:
+    """Both round to 8 bits after each operation and differ in their order: a fifth more error is
+    chance, a mask or a position that is wrong is several times as much."""
+    chosen, inputs = {
+        "calm": (calm, random_inputs(12, 200, 3)), "demo": (checkpoint, summaries[:12]),
+    }[model]  # fmt: skip
+    exact = Reference(chosen, device, torch.float32)
+    told = [[*ids, 1] for ids in exact.generate(inputs, SEARCHES["greedy"])]
+    truth = torch.cat([exact.logits(*pair) for pair in zip(inputs, told, strict=True)])
+    rounded = Reference(chosen, device, torch.bfloat16)
+    theirs = torch.cat([rounded.logits(*pair) for pair in zip(inputs, told, strict=True)])
+    ours = torch.cat(logits(chosen, inputs, told, device=device, dtype="bfloat16"))
+    errors = [float((one - truth).norm() / truth.norm()) for one in (ours, theirs)]
+    assert 0 < errors[0] < 1.2 * errors[1]
+    same = torch.cat(logits(chosen, inputs, told, device=device, dtype="float32"))
+    assert float((same - truth).norm() / truth.norm()) < errors[1] / 50
+
+
+# CUDA graphs
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_graphs_say_what_single_launches_say(
+    calm: Checkpoint, spread: Checkpoint, dtype: str
+) -> None:
+    inputs = random_inputs(24, 400, 4)
+    told = [ids[:30] for ids in random_inputs(24, 80, 5)]
+    replayed = torch.cat(logits(calm, inputs, told, device="cuda", dtype=dtype))
+    launched = torch.cat(logits(calm, inputs, told, device="cuda", dtype=dtype, graphs=False))
+    # The same kernels, unless libraries choose others on another stream: then they round otherwise.
+    error = float((replayed - launched).norm() / launched.norm())
+    assert error < {"float32": 1e-5, "bfloat16": 5e-3}[dtype]
+    asked = [random.Random(i).choice(list(SEARCHES.values())) for i in range(len(inputs))]
+    found = []
+    for kind in (Engine, Eager):
+        options = {"device": "cuda", "dtype": dtype, "max_batch_size": 12}
+        async with running(spread, kind, **options) as (client, _):
+            found.append(await outputs(client, inputs, asked))
+    if dtype == "float32":  # otherwise who shares an encoder's batch decides how it rounds
+        assert found[0] == found[1]
+
+
+# Memory
+
+
+@contextmanager
+def memory_left(size: int) -> Iterator[None]:
+    """This process may take so many bytes of the device more than it holds now."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def preempted(seen: Sequence[Any]) -> int:
+    return sum(one.preempted for one in seen if isinstance(one, BatchRan))
+
+
+@needs_gpu
+async def test_out_of_memory_in_a_step_some_start_again(small: Checkpoint) -> None:
+    inputs = [ids[:8] for ids in random_inputs(128, 64, 6)]
+    asked = [BEAMS] * len(inputs)
+    options = {"device": "cuda", "dtype": "float32", "max_batch_size": 4 * len(inputs)}
+    async with running(small, **options) as (client, seen):
+        expected = await outputs(client, inputs, asked)
+        client._engine._runner._graphs._graphs.clear()  # type: ignore[attr-defined]
+        # Logits of 512 rows are 66 MB, and search has them three times.
+        with memory_left(100 << 20):
+            assert await outputs(client, inputs, asked) == expected
+        assert preempted(seen) > 0
+        assert await outputs(client, inputs, asked) == expected
+
+
+@needs_gpu
+async def test_out_of_memory_in_encoding_fewer_are_encoded(
+    small: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = random.Random(7)
+    inputs = [[*rng.choices(range(3, 32_000), k=511), 1] for _ in range(8)]
+    asked = [GREEDY] * len(inputs)
+    options = {"device": "cuda", "dtype": "float32", "max_batch_size": 8}
+    async with running(small, **options) as (client, seen):
+        expected = await outputs(client, inputs, asked)
+        assert "failed together" not in caplog.text
+        # Eight times 512 tokens have 268 MB of attention scores, four times as much as two of them.
+        with memory_left(160 << 20):
+            assert await outputs(client, inputs, asked) == expected
+        assert "8 requests failed together" in caplog.text
+        assert [one for one in seen if isinstance(one, Failed)] == []
+
+
+@needs_gpu
+async def test_a_search_without_documents_makes_way_for_another(small: Checkpoint) -> None:
+    """Each number of beams has caches of its own, for as many rows as the batch may have."""
+    inputs = random_inputs(12, 100, 8)
+    searches = [GREEDY, BEAMS, replace(BEAMS, num_beams=2)]
+    asked = [searches[i % 3] for i in range(len(inputs))]
+    options = {"device": "cuda", "dtype": "float32", "max_batch_size": 128}
+    async with running(small, **options) as (client, _):
+        expected = await outputs(client, inputs, asked)
+    async with running(small, **options) as (client, _):
+        one = await outputs(client, inputs[:1], asked[:1])
+        # Greedy search took 2 GB, the others want 0.8 and 1.2.
+        with memory_left(500 << 20):
+            assert [*one, *await outputs(client, inputs[1:], asked[1:])] == expected
+
+
+@needs_gpu
+@pytest.mark.parametrize("settings", [GREEDY, BEAMS], ids=["greedy", "beams"])
+async def test_planned_rows_fit(small: Checkpoint, settings: GenerationSettings) -> None:
+    """With a card of 2 GiB: as many documents as the plan has rows for, and as long as may be."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    rng = random.Random(9)
+    most = small.defaults.max_new_tokens
+    asked = replace(settings, min_new_tokens=most, max_new_tokens=most)
+    hog = torch.empty(free - (2 << 30), dtype=torch.uint8, device="cuda")
+    try:
+        async with running(small, device="cuda", dtype="bfloat16") as (client, seen):
+            documents = client.load().slots // asked.num_beams
+            assert 32 <= client.load().slots < 256
+            inputs = [[*rng.choices(range(3, 32_000), k=511), 1] for _ in range(documents)]
+            await outputs(client, inputs, [asked] * documents)
+            assert preempted(seen) == 0
+            assert max(one.requests for one in seen if isinstance(one, BatchRan)) == documents
+    finally:
+        del hog
+        torch.cuda.empty_cache()
+
+
+# A device that is lost
+
+_POISON = """
+import asyncio, json, sys
+from serve_app.engine.checkpoint import resolve
+from serve_app.engine.client import EngineClient
+from serve_app.engine.continuous import ContinuousEngine
+from serve_app.engine.protocol import EngineRequest, EngineStoppedError, GenerationSettings, Stopped
+
+async def main():
+    seen = []
+    client = EngineClient(
+        lambda emit: ContinuousEngine(resolve("demo"), emit, device="cuda", dtype="float32"),
+        seen.append,
+    )
+    asked = GenerationSettings(max_new_tokens=8)
+    fine = await client.run(EngineRequest("fine", [5, 6, 1], asked))
+    # A token far outside of the vocabulary: the embedding's kernel asserts.
+    ends = await client.run(EngineRequest("poison", [10**9, 1], asked))
+    try:
+        await client.run(EngineRequest("later", [5, 6, 1], asked))
+    except EngineStoppedError as error:
+        later = str(error)
+    stopped = [one.message for one in seen if isinstance(one, Stopped)]
+    print(json.dumps([type(fine).__name__, ends.reason, ends.message, later, stopped]))
+    sys.stdout.flush()
+
+asyncio.run(main())
+"""
+
+
+@needs_gpu
+def test_a_device_that_is_lost_ends_the_engine() -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", _POISON], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert child.stdout, child.stderr[-2_000:]
+    fine, reason, message, later, stopped = json.loads(child.stdout.splitlines()[-1])
+    assert (fine, reason) == ("Finished", "stopped")
+    assert "device-side assert" in message
+    assert [message, later] == stopped * 2
