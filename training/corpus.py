@@ -1,4 +1,4 @@
-"""Tokens of all training texts in one file, `training/work/corpus.npz`; `training.prepare` makes it.
+"""Tokens of all training texts in one file, `corpus.npz`; `training.prepare` makes it.
 
 Ragged arrays: all sentences' tokens one after another, and where each sentence and text begins. A
 training machine needs this file and nothing else of the data, and reads it in a second.

@@ -17,7 +17,7 @@ _STEPS = 5
 
 
 def orthogonal(updates: Tensor) -> Tensor:
-    """About the nearest semi-orthogonal matrix to each of (count, rows, columns), rows <= columns."""
+    """About the nearest semi-orthogonal matrix to each of (count, rows, columns), not upright."""
     x = updates.to(torch.bfloat16 if updates.is_cuda else updates.dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
