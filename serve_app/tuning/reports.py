@@ -58,7 +58,9 @@ class Reports:
         )
 
     def begin(self, replica: int) -> None:
-        """A replica is new: what another of its number reported was not its work."""
+        """A replica is new: what another of its number recorded was not of it."""
+        for _, row in [*self._points, *self._reported]:
+            row[replica + 1] = np.nan
         if self._meters is not None:
             meter.begin(self._meters, replica)
             for _, rows in [*self._works, *self._reported_works]:
