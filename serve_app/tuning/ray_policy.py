@@ -91,7 +91,14 @@ class Policy:
         function: the policy, as in `policy_function`; None: Ray's default. Between two reports
             what it wants must rise, or fall, as the requests and the queued ones do.
         more: gives fields of the context beside the usual, at a moment.
+
+    Attributes:
+        steady: decisions rise with the load and with nothing else.
+        looks: at the load; else nothing needs to be recorded.
     """
+
+    steady = True
+    looks = True
 
     def __init__(
         self,
@@ -103,7 +110,6 @@ class Policy:
         self._module = _private_copy(lambda: self._now)
         said = scaling.model_dump(exclude=_OWN, exclude_none=True)
         self.config = AutoscalingConfig(**said)
-        self.steady = True  # decisions rise with the load and with nothing else
         self._raw = function or self._module.replica_queue_length_autoscaling_policy
         self._decide = self._module._apply_autoscaling_config(self._raw)
         self._scaling = scaling
