@@ -37,9 +37,10 @@ class Foreseen:
 class _Schedule(Policy):
     """Says what the schedule says, a cold start ahead."""
 
+    steady = looks = False
+
     def __init__(self, scaling: Scaling, replicas: Ints, step_s: float, ahead_s: float) -> None:
         super().__init__(scaling)
-        self.steady = False
         self._replicas: list[int] = replicas.tolist()
         self._step_s, self._ahead_s = step_s, ahead_s
 

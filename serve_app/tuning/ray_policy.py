@@ -1,23 +1,23 @@
-"""Ray Serve's own autoscaling on virtual time: its policy, delays, factors and metric merge.
+"""Ray Serve's own autoscaling on virtual time: policy, delays, factors, and the load it sees.
 
-Nothing of it is written anew: the modules are Ray's, of the version installed. Its policy module
-reads the clock, so it is loaded a second time, under a name of our own and with a clock of our own;
-the one that Ray itself uses stays as it is. The functions are private to Ray, therefore Ray is
-pinned and a golden trace of each version is among the tests.
+Nothing of what decides is written anew: the modules are Ray's, of the version installed. Its policy
+module reads the clock, so it is loaded a second time, under a name of our own and with a clock of
+our own; the one that Ray itself uses stays as it is. The functions are private to Ray, therefore
+Ray is pinned and a golden trace of each version is among the tests. The merge of reports alone is
+done again, compiled (`merge.py`), and held against Ray's.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 from ray.serve import autoscaling_policy
-from ray.serve._private import autoscaling_metrics_merge as merge
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import (
     RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR,
@@ -26,6 +26,7 @@ from ray.serve._private.constants import (
 )
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
+from serve_app.tuning import merge
 from serve_app.tuning.arrivals import Floats
 from serve_app.tuning.model import Scaling
 
@@ -71,20 +72,14 @@ class Signal:
 
 def signal(ts: Floats, val: Floats, offsets: Any, function: str) -> Signal:
     """The signal of series, laid out as `merge_and_aggregate_arrays` takes them."""
-    merged_ts, merged = merge.merge_instantaneous_total_arrays(ts, val, offsets)
-    if not merged_ts.size:
+    held, seconds, figures = merge.steps(ts, val, offsets)
+    if not held.size:
         return Signal(0.0)
-    last = float(merged_ts[-1])
+    begin, last, value, low, high = figures.tolist()
     if function != "mean":
-        found = merge.merge_and_aggregate_arrays(ts, val, offsets, last + 1, function)
-        return Signal(float(found))
-    # The mean over one more second tells the integral, and where the window begins is Ray's rule.
-    begins = ts[offsets[:-1][offsets[1:] > offsets[:-1]]]
-    begin = float(merged_ts[0])
-    if len(begins) > 1 and begins.max() <= last:
-        begin = max(float(begins.max()), begin)
-    mean = float(merge.merge_and_aggregate_arrays(ts, val, offsets, last + 1, function))
-    value = float(merged[-1])
+        return Signal(high if function == "max" else low)
+    # The mean over one more second tells the integral. By the calls that Ray makes, for the bits.
+    mean = float(np.dot(held, seconds) / seconds.sum())
     return Signal(value, mean * (last + 1 - begin) - value, begin, last, True)
 
 
@@ -96,7 +91,14 @@ class Policy:
         function: the policy, as in `policy_function`; None: Ray's default. Between two reports
             what it wants must rise, or fall, as the requests and the queued ones do.
         more: gives fields of the context beside the usual, at a moment.
+
+    Attributes:
+        steady: decisions rise with the load and with nothing else.
+        looks: at the load; else nothing needs to be recorded.
     """
+
+    steady = True
+    looks = True
 
     def __init__(
         self,
@@ -108,7 +110,6 @@ class Policy:
         self._module = _private_copy(lambda: self._now)
         said = scaling.model_dump(exclude=_OWN, exclude_none=True)
         self.config = AutoscalingConfig(**said)
-        self.steady = True  # decisions rise with the load and with nothing else
         self._raw = function or self._module.replica_queue_length_autoscaling_policy
         self._decide = self._module._apply_autoscaling_config(self._raw)
         self._scaling = scaling
@@ -235,15 +236,18 @@ def _delay(config: AutoscalingConfig, up: bool, target: int) -> float:
     return float(config.downscale_delay_s)
 
 
-def series(points: list[tuple[float, Floats]]) -> tuple[Floats, Floats, Any]:
+def series(
+    points: Sequence[tuple[float, Floats]], columns: Sequence[int] | None = None
+) -> tuple[Floats, Floats, Any]:
     """Columns of points as series: NaN where a series has none.
 
     Each point is a time and a value per series; each series keeps the points it has.
+
+    Args:
+        columns: those that are wanted; None: all.
     """
     times = np.array([at for at, _ in points])
     values = np.array([row for _, row in points])
-    there = ~np.isnan(values)
-    counts = there.sum(axis=0)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    ts = np.broadcast_to(times[:, None], values.shape).T[there.T]
-    return ts, values.T[there.T], offsets
+    among = np.arange(values.shape[1]) if columns is None else np.array(columns)
+    laid: tuple[Floats, Floats, Any] = merge.laid(times, values, among)
+    return laid

@@ -58,7 +58,9 @@ class Reports:
         )
 
     def begin(self, replica: int) -> None:
-        """A replica is new: what another of its number reported was not its work."""
+        """A replica is new: what another of its number recorded was not of it."""
+        for _, row in [*self._points, *self._reported]:
+            row[replica + 1] = np.nan
         if self._meters is not None:
             meter.begin(self._meters, replica)
             for _, rows in [*self._works, *self._reported_works]:
@@ -96,11 +98,10 @@ class Reports:
         if not self._reported:
             return
         columns = [0, *(one + 1 for one in running)]
-        kept = [(at, row[columns]) for at, row in self._reported]
         function = self._scaling.aggregation_function
-        self.load = signal(*series(kept), function)
+        self.load = signal(*series(self._reported, columns), function)
         if self._tokens is not None:
-            self._queued = signal(*series([(at, row[:1]) for at, row in kept]), function)
+            self._queued = signal(*series(self._reported, [0]), function)
             since = now - self._scaling.look_back_period_s - STALE_S
             self._seen = summed([self.points(one) for one in running], since)
 

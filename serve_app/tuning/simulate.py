@@ -136,7 +136,7 @@ class Simulation:
         self._note(0.0)
         record_at = self._rng.uniform(0, self._reports.record_s)
         push_at = self._rng.uniform(0, platform.push_interval_s)
-        if self._scales:
+        if self._scales and self._policy.looks:
             self._record_at = record_at
             self._at(push_at, "push")
         tick = 0

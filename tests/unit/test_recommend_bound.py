@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve_app.tuning import foresight
 from serve_app.tuning.arrivals import Load
 from serve_app.tuning.cases import Case, process_cases
 from serve_app.tuning.evaluate import World, result, simulate
@@ -15,6 +16,7 @@ from serve_app.tuning.foresight import foresee
 from serve_app.tuning.model import Decode, Encode, Platform, Scaling, ServiceModel
 from serve_app.tuning.oracle import bound, works
 from serve_app.tuning.recommend import RAY_DEFAULTS, fixed
+from serve_app.tuning.reports import Reports
 from serve_app.tuning.simulate import Block
 from serve_app.tuning.sizes import Mix, Sizes
 
@@ -151,3 +153,22 @@ def test_foresight_reaches_the_goal_with_less_than_a_fixed_number() -> None:
     number = next(n for n in range(1, 9) if result(simulate(tried, fixed(n), 0)).attainment >= 0.99)
     assert found.result.replica_hours < number * 600 / 3_600
     assert foresee(World(tried.cases, tried.model, tried.platform, 0.01), 0, 0.99) is None
+
+
+def test_a_schedule_is_the_same_where_loads_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports, which a schedule does not look at, are left out of its simulation."""
+    tried = world("diurnal", 3)
+    without = foresee(tried, 0, 0.99)
+    made = Reports.push
+    pushed = []
+
+    def push(reports: Reports, now: float, *about: Any) -> None:
+        pushed.append(now)
+        made(reports, now, *about)
+
+    monkeypatch.setattr(Reports, "push", push)
+    assert foresee(tried, 0, 0.99) == without
+    assert not pushed
+    monkeypatch.setattr(foresight._Schedule, "looks", True)
+    assert foresee(tried, 0, 0.99) == without
+    assert pushed

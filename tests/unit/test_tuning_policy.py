@@ -6,12 +6,13 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from ray.serve import autoscaling_policy
-from ray.serve._private.autoscaling_metrics_merge import merge_and_aggregate_arrays
+from ray.serve._private import autoscaling_metrics_merge as merge
 
 from serve_app.tuning.model import Scaling
 from serve_app.tuning.ray_policy import Policy, Signal, next_change, series, signal
@@ -124,8 +125,55 @@ def test_a_signal_is_what_rays_merge_gives_at_any_later_moment(function: str) ->
         ts, val, offsets = series(list(zip(times.tolist(), rows, strict=True)))
         found = signal(ts, val, offsets, function)
         for now in times[-1] + np.array([0.5, 3.0, 17.0]):
-            expected = merge_and_aggregate_arrays(ts, val, offsets, now, function)
+            expected = merge.merge_and_aggregate_arrays(ts, val, offsets, now, function)
             assert found.at(now) == pytest.approx(expected, abs=1e-9)
+
+
+def rays_signal(ts: Any, val: Any, offsets: Any, function: str) -> Signal:
+    """By Ray's functions alone."""
+    moments, totals = merge.merge_instantaneous_total_arrays(ts, val, offsets)
+    if not moments.size:
+        return Signal(0.0)
+    last = float(moments[-1])
+    found = float(merge.merge_and_aggregate_arrays(ts, val, offsets, last + 1, function))
+    if function != "mean":
+        return Signal(found)
+    firsts = ts[offsets[:-1][offsets[1:] > offsets[:-1]]]
+    begin = float(moments[0])
+    if len(firsts) > 1 and firsts.max() <= last:
+        begin = max(float(firsts.max()), begin)
+    value = float(totals[-1])
+    return Signal(value, found * (last + 1 - begin) - value, begin, last, True)
+
+
+@pytest.mark.parametrize("function", ["mean", "max", "min"])
+def test_the_compiled_merge_is_rays_to_the_last_bit(function: str) -> None:
+    """Series of all kinds: empty ones, one alone, of zeros, points closer than Ray's 10 ms."""
+    rng = np.random.default_rng(6)
+    seen = {"nothing": 0, "alone": 0, "many": 0, "late": 0}
+    for number in range(3_000):
+        span = float(rng.choice([0.02, 0.5, 30, 600]))
+        times = rng.uniform(0, 80_000) + np.sort(rng.uniform(0, span, rng.integers(1, 24)))
+        if number % 5 == 0:
+            times = np.round(times, 2)  # and points at the same moment
+        counts = rng.integers(0, rng.choice([1, 2, 5, 400]), (len(times), rng.integers(1, 12)))
+        values = counts.astype(float)
+        values[rng.random(values.shape) < rng.choice([0, 0.3, 0.9])] = np.nan
+        for column in range(1, values.shape[1]):
+            if rng.random() < 0.5:
+                values[: rng.integers(0, len(times) + 1), column] = np.nan
+        columns = rng.permutation(values.shape[1])[: rng.integers(1, values.shape[1] + 1)].tolist()
+        points = list(zip(times.tolist(), values, strict=True))
+        kept = [[(at, row[one]) for at, row in points if row[one] == row[one]] for one in columns]
+        ts = np.array([at for one in kept for at, _ in one])
+        val = np.array([value for one in kept for _, value in one])
+        offsets = np.concatenate([[0], np.cumsum([len(one) for one in kept])]).astype(np.int64)
+        expected = rays_signal(ts, val, offsets, function)
+        assert signal(*series(points, columns), function) == expected
+        active = sum(map(bool, kept))
+        seen["nothing" if expected == Signal(0.0) else "alone" if active == 1 else "many"] += 1
+        seen["late"] += expected.begin > times[0] + 0.01
+    assert min(seen.values()) > (50 if function == "mean" else -1)
 
 
 def test_series_keep_the_points_they_have() -> None:

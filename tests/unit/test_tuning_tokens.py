@@ -189,6 +189,30 @@ def test_a_new_replica_has_no_past() -> None:
     assert reports.points(1) == []
 
 
+def test_requests_of_a_replica_that_is_gone_are_not_those_of_its_successor() -> None:
+    """10 requests wait in the handle's queue, 4 are at each replica, at 1, 2 and 3 s.
+
+    Replica 1 stops at 3.5 s and another takes its number. What is known then is the queue and
+    replica 0: 14. Reported at 4 s, the new one is there with its one value of that moment, 6, and
+    the window begins with it: 20 from then on.
+    """
+    reports, cluster = Reports(Scaling(), 2, SERVER.rows), kernel.cluster(2, SERVER.rows, 1, 64, 1)
+    cluster.scalars[kernel.HANDLE_WAITING] = 10
+    cluster.ongoing[:] = 4
+    for moment in (1.0, 2.0, 3.0):
+        reports.record(moment, cluster, [0, 1])
+    reports.push(3.0, cluster, [0, 1])
+    assert reports.load.at(3.4) == pytest.approx(18)
+    reports.digest(3.5, [0])
+    reports.begin(1)
+    reports.digest(3.5, [0, 1])
+    assert reports.load.at(3.9) == pytest.approx(14)
+    cluster.ongoing[1] = 6
+    reports.push(4.0, cluster, [0, 1])
+    assert reports.load.begin == 4
+    assert reports.load.at(4.5) == pytest.approx(20)
+
+
 # What is decided
 
 
