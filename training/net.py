@@ -79,7 +79,7 @@ class Net(nn.Module):
         if key not in self._buckets:
             buckets = relative_buckets(size, size, side == "encoder", self.config)
             self._buckets[key] = buckets.to(table.device)
-        return table[self._buckets[key]].permute(2, 0, 1)[None].to(dtype)
+        return functional.embedding(self._buckets[key], table).permute(2, 0, 1)[None].to(dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         heads = self.config.num_heads
@@ -111,7 +111,7 @@ class Net(nn.Module):
         padding = torch.zeros(source.shape, dtype=dtype, device=source.device)
         padding = padding.masked_fill(source == 0, -1e4)[:, None, None]
         mask = self._bias("encoder", source.shape[1], dtype) + padding
-        x = self._drop(weights["embedding"][source])
+        x = self._drop(functional.embedding(source, weights["embedding"]))
         names = ("qkv", "out", "wi", "wo", "norms")
         for qkv, out, wi, wo, norms in zip(
             *(weights[f"encoder_{n}"].unbind(0) for n in names), strict=True
@@ -126,7 +126,7 @@ class Net(nn.Module):
         causal = (self._bias("decoder", size, dtype) + ahead).expand(len(target), -1, -1, -1)
         across = padding.expand(-1, self.config.num_heads, size, -1)
         begun = functional.pad(target, (1, 0))[:, :-1]
-        x = self._drop(weights["embedding"][begun])
+        x = self._drop(functional.embedding(begun, weights["embedding"]))
         for qkv, out, wi, wo, norms, cross_q, cross_kv, cross_out in zip(
             *(weights[f"decoder_{n}"].unbind(0) for n in names),
             *(weights[n].unbind(0) for n in ("cross_q", "cross_kv", "cross_out")),

@@ -18,6 +18,8 @@ from training.corpus import Corpus, Texts
 EOS = 1
 # Bytes that the normalizer removes from any text, so that their pieces are free to mark spans.
 SENTINELS = range(3 + 1, 3 + 1 + 30)
+SOURCES = (32, 64, 96, 128, 192, 256, 384)
+TARGETS = (16, 32, 72, 144)
 Tokens = NDArray[np.uint16]
 _END = np.array([EOS], np.uint16)
 
@@ -170,27 +172,31 @@ def held_out(corpus: Corpus, max_source: int = 384) -> list[Pair]:
         parts = descriptions.sentences(index)
         text = descriptions.span(parts.start, parts.stop)[:room]
         source = np.concatenate([corpus.prefix, text, _END])
-        found.append(Pair(source, np.concatenate([synopses.span(index, index + 1), _END])))
+        found.append(Pair(source, np.concatenate([synopses.span(index, index + 1)[:71], _END])))
     return found
 
 
 def batches(pairs: list[Pair], max_tokens: int) -> list[list[Pair]]:
     """Pairs of similar length together, at most `max_tokens` padded tokens a batch."""
-    ordered = sorted(pairs, key=lambda pair: (len(pair.target) // 16, len(pair.source)))
-    groups: list[list[Pair]] = [[]]
-    longest = 0
-    for pair in ordered:
-        longest = max(longest, len(pair.source) + len(pair.target))
-        if groups[-1] and longest * (len(groups[-1]) + 1) > max_tokens:
-            groups.append([])
-            longest = len(pair.source) + len(pair.target)
-        groups[-1].append(pair)
+    by_shape: dict[tuple[int, int], list[Pair]] = {}
+    for pair in pairs:
+        by_shape.setdefault(shape_of(pair), []).append(pair)
+    groups: list[list[Pair]] = []
+    for (source, target), alike in by_shape.items():
+        rows = max(max_tokens // (source + target), 1)
+        groups += [alike[i : i + rows] for i in range(0, len(alike), rows)]
     return groups
 
 
-def padded(rows: list[Tokens], multiple: int) -> NDArray[np.int64]:
-    """(rows, longest rounded up) with zeros behind each row."""
-    width = -(-max(map(len, rows)) // multiple) * multiple
+def shape_of(pair: Pair) -> tuple[int, int]:
+    """Padded lengths. Few of them, for each new one costs a GPU a tenth of a second."""
+    source = next(width for width in SOURCES if len(pair.source) <= width)
+    target = next(width for width in TARGETS if len(pair.target) <= width)
+    return source, target
+
+
+def padded(rows: list[Tokens], width: int) -> NDArray[np.int64]:
+    """(rows, width) with zeros behind each row."""
     out = np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

@@ -27,14 +27,13 @@ from training.corpus import CORPUS, Corpus, read
 from training.model import config, new_model
 from training.muon import Muon
 from training.net import Net, from_transformers
-from training.objectives import Objectives, Pair, batches, held_out, padded, stage_of
+from training.objectives import Objectives, Pair, batches, held_out, padded, shape_of, stage_of
 
 MUON_RATE = 0.02
-ADAM_RATE = 5e-3  # embeddings have entries of about 1
+ADAM_RATE = 1e-2  # embeddings have entries of about 1
 _WARMUP = 0.01  # share of the time
 _DECAY = 0.6  # share of the time in which the rates fall to nothing, at the end
 _EMA = 0.998
-_POOL = 24  # batches drawn at a time, so that those of like length can stand together
 _LABEL_SMOOTHING = 0.1
 _PRINT_S = {"cuda": 5, "cpu": 120}
 _CHECKPOINT_S = 120
@@ -63,18 +62,21 @@ class Batches(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
         make = Objectives(self._corpus, self._seed * 1_000 + (worker.id if worker else 0))
+        waiting: dict[tuple[int, int], list[Pair]] = {}
         while True:
-            stage = stage_of(self._used.value)
-            wanted = _POOL * self._max_tokens // max(stage.max_source, 128)
-            pool = batches([make.draw(stage) for _ in range(wanted)], self._max_tokens)
-            for index in torch.randperm(len(pool)).tolist():
-                yield tensors(pool[index])
+            pair = make.draw(stage_of(self._used.value))
+            shape = shape_of(pair)
+            alike = waiting.setdefault(shape, [])
+            alike.append(pair)
+            if len(alike) >= max(self._max_tokens // sum(shape), 1):
+                yield tensors(waiting.pop(shape))
 
 
 def tensors(batch: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
     """(batch, source) and (batch, target), int64."""
-    source = padded([pair.source for pair in batch], 16)
-    target = padded([pair.target for pair in batch], 8)
+    shapes = [shape_of(pair) for pair in batch]
+    source = padded([pair.source for pair in batch], max(source for source, _ in shapes))
+    target = padded([pair.target for pair in batch], max(target for _, target in shapes))
     return torch.from_numpy(source), torch.from_numpy(target)
 
 
@@ -219,6 +221,8 @@ def train(
         now = time.monotonic()
         if now - last_print > _PRINT_S[device]:
             mean = float(torch.stack(losses).mean())
+            if mean != mean:
+                raise FloatingPointError(f"the loss is not a number at step {progress.step}")
             held = trainer.held_out_loss(on_device)
             point = (round(progress.used_s, 1), progress.pairs, round(mean, 4), round(held, 4))
             progress.curve.append(point)

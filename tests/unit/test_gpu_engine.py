@@ -132,6 +132,30 @@ class Reference:
         )
         return found.logits[0].float().cpu()
 
+    def tied(self, source: list[int], one: list[int], other: list[int]) -> bool:
+        """Whether float32 cannot tell which of two outputs is the better: where they part, or as
+        wholes, their log probabilities lie within what the order of a sum changes.
+        """
+        length = min(len(one), len(other))
+        part = next((i for i in range(length) if one[i] != other[i]), length)
+        sums = []
+        for output in (one, other):
+            ended = [*output, 1]
+            chances = self.logits(source, ended).log_softmax(-1)
+            sums.append([float(chances[i, token]) for i, token in enumerate(ended)])
+        gap = abs(sums[0][part] - sums[1][part])
+        whole = abs(sum(sums[0]) / len(sums[0]) - sum(sums[1]) / len(sums[1]))
+        print(f"outputs part at token {part}: {gap:.2e} there, {whole:.2e} per token as wholes")
+        return min(gap, whole) < 2e-3
+
+    def differing(
+        self, inputs: list[list[int]], found: list[list[int]], expected: list[list[int]]
+    ) -> list[int]:
+        """Inputs whose outputs are neither equal nor tied; one in sixteen may be tied."""
+        parts = [i for i, ids in enumerate(found) if ids != expected[i]]
+        assert len(parts) <= max(1, len(inputs) // 16)
+        return [i for i in parts if not self.tied(inputs[i], found[i], expected[i])]
+
 
 @torch.inference_mode()
 def logits(
@@ -223,11 +247,13 @@ async def test_float32_says_what_generate_says(
 ) -> None:
     settings = SEARCHES[search]
     for model, inputs in ((spread, random_inputs(16, 300, 1)), (checkpoint, summaries)):
-        expected = Reference(model, device, torch.float32).generate(inputs, settings)
+        reference = Reference(model, device, torch.float32)
+        expected = reference.generate(inputs, settings)
         # Fewer rows than documents: some start when others end.
         options = {"device": device, "dtype": "float32", "max_batch_size": 24}
         async with running(model, **options) as (client, _):
-            assert await outputs(client, inputs, [settings] * len(inputs)) == expected
+            found = await outputs(client, inputs, [settings] * len(inputs))
+        assert reference.differing(inputs, found, expected) == []
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -257,7 +283,8 @@ async def test_slots_are_used_again_while_others_go_on(spread: Checkpoint, devic
         found, *_ = await asyncio.gather(
             outputs(client, inputs, asked), *(leave_early(i) for i in range(6))
         )
-    assert [i for i, ids in enumerate(found) if ids != expected[i]] == []
+    told = [expected[i] for i in range(len(inputs))]
+    assert reference.differing(inputs, found, told) == []
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -358,7 +385,7 @@ async def test_out_of_memory_in_encoding_fewer_are_encoded(
         expected = await outputs(client, inputs, asked)
         assert "failed together" not in caplog.text
         # Eight times 512 tokens have 268 MB of attention scores, four times as much as two of them.
-        with memory_left(160 << 20):
+        with memory_left(96 << 20):
             assert await outputs(client, inputs, asked) == expected
         assert "8 requests failed together" in caplog.text
         assert [one for one in seen if isinstance(one, Failed)] == []

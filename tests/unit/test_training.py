@@ -17,6 +17,7 @@ from training.net import Net, from_transformers, to_transformers
 from training.objectives import EOS, SENTINELS, STAGES, Objectives, batches, held_out, stage_of
 from training.passages import blocks, is_english, passages, plain
 from training.prepare import gists
+from training.train import tensors
 
 _TRANSLATION = """\
 Package: lampreader
@@ -218,7 +219,12 @@ def test_batches_hold_every_pair_once_within_their_bound(corpus: Corpus) -> None
     groups = batches(pairs, 1_000)
     assert sorted(id(p) for group in groups for p in group) == sorted(map(id, pairs))
     for group in groups:
-        assert len(group) * max(len(p.source) + len(p.target) for p in group) <= 1_000
+        source, target = tensors(group)
+        assert len(source) == len(target) == len(group)
+        assert source.numel() + target.numel() <= 1_000
+        for row, said, pair in zip(source.tolist(), target.tolist(), group, strict=True):
+            assert row == [*pair.source.tolist(), *[0] * (len(row) - len(pair.source))]
+            assert said == [*pair.target.tolist(), *[0] * (len(said) - len(pair.target))]
     assert len(held_out(corpus)) == 3
 
 
