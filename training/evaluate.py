@@ -24,7 +24,7 @@ from serve_app.api.splitting import sentences
 from serve_app.engine.checkpoint import resolve
 from serve_app.engine.tokenizer import Tokenizer
 from training import EXPORTED, PREFIX
-from training.data import load
+from training.data import Example, load, shingles
 
 PROSE = Path(__file__).parent / "prose.jsonl"
 _BATCH = 32
@@ -93,14 +93,33 @@ def first_sentence(text: str) -> str:
     return text[span.start : span.end].strip()
 
 
-def score(name: str, summaries: list[str], ended: list[bool], count: int) -> str:
-    """A row of the table, in Markdown."""
-    examples = load("test")[:count]
+def novel(examples: list[Example]) -> list[int]:
+    """Examples unlike anything in the training part: no text there says a tenth of
+    their five-word runs, and none has their synopsis.
+    """
+    train = load("train")
+    synopses = {example.synopsis.lower() for example in train}
+    runs = [shingles(example.text) for example in examples]
+    wanted = set().union(*runs)
+    shared = [0] * len(examples)
+    for example in train:
+        if known := shingles(example.text) & wanted:
+            shared = [max(s, len(known & run)) for s, run in zip(shared, runs, strict=True)]
+    return [
+        i
+        for i, example in enumerate(examples)
+        if shared[i] < 0.1 * len(runs[i]) and example.synopsis.lower() not in synopses
+    ]
+
+
+def score(name: str, examples: list[Example], outputs: list[tuple[str, bool]]) -> str:
+    """A row of the table, in Markdown. `outputs` are summaries and whether they ended."""
+    count = len(examples)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     rouge1 = rougel = 0.0
     faithful: list[float] = []
     broken = 0
-    for example, summary, whole in zip(examples, summaries, ended, strict=True):
+    for example, (summary, whole) in zip(examples, outputs, strict=True):
         scores = scorer.score(example.synopsis, summary)
         rouge1 += scores["rouge1"].fmeasure
         rougel += scores["rougeL"].fmeasure
@@ -121,9 +140,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=EXPORTED)
     arguments = parser.parse_args()
     examples = load("test")[: arguments.count]
-    count = len(examples)
     texts = [example.text for example in examples]
-    print(f"{count} held-out descriptions\n")
+    print(f"{len(examples)} held-out descriptions\n")
     print("| | ROUGE-1 | ROUGE-L | faithful | empty, looping or cut off |")
     print("|---|---|---|---|---|")
     baselines = {
@@ -132,12 +150,16 @@ def main() -> None:
         "first 12 words": [" ".join(text.split()[:12]) for text in texts],
     }
     for name, summaries in baselines.items():
-        print(score(name, summaries, [True] * count, count), flush=True)
+        print(score(name, examples, [(summary, True) for summary in summaries]), flush=True)
     model = Summaries(arguments.folder)
     greedy: list[str] = []
+    apart = novel(examples)
+    few = [examples[i] for i in apart]
     for name, beams in (("**demo model, greedy**", 1), ("**demo model, 4 beams**", 4)):
         outputs = list(model(texts, beams))
-        print(score(name, [o[0] for o in outputs], [o[1] for o in outputs], count), flush=True)
+        print(score(name, examples, outputs), flush=True)
+        row = score(f"the same, the {len(few)} least alike", few, [outputs[i] for i in apart])
+        print(row, flush=True)
         greedy = greedy or [text for text, _ in outputs]
 
     print("\nThe first ten (greedy; the human synopsis after the dash):\n")

@@ -42,12 +42,14 @@ pipeline_tag: summarization
 # The t5-serve demo model
 
 A small T5 (v1.0 architecture, {parameters:.1f} million parameters, vocabulary of {vocabulary})
-trained from scratch to summarize **descriptions of software**, so that t5-serve runs and can be
-tried with no download. It is a demo: for real use start t5-serve with `--model google-t5/t5-small`
+trained from scratch to summarize **descriptions of software** in a line, and to pick the sentence
+that stands for other English prose, so that t5-serve runs and can be tried with no download. It is
+a demo: for real use start t5-serve with `--model google-t5/t5-small`
 or any other T5 checkpoint.
 
-Trained on the long descriptions and synopses of Debian's packages (DFSG-free texts, each under its
-package's licence), which are not part of this folder. `docs/demo-model.md` in the repository tells
+Trained on the long descriptions and synopses of Debian's packages, on manuals and books that
+Debian ships, and on gensim's test articles (each text under its package's licence), which are not
+part of this folder. `docs/demo-model.md` in the repository tells
 how it was made, how it was judged and what it scores.
 
 Input: `{prefix}` and the text. Output: one sentence or phrase.
