@@ -26,12 +26,13 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 from serve_app.engine.checkpoint import Checkpoint, resolve
 from serve_app.engine.client import EngineClient
 from serve_app.engine.continuous import ContinuousEngine
-from serve_app.engine.gpu.graphs import forward
+from serve_app.engine.gpu.graphs import StepGraphs, forward
 from serve_app.engine.gpu.runner import TorchRunner
 from serve_app.engine.protocol import BatchRan, EngineRequest, Failed, Finished, GenerationSettings
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Plan
 from tests.texts import texts
+from tests.unit import recorded_graphs
 from tests.unit.generated import Reference
 
 pytestmark = pytest.mark.anyio
@@ -68,6 +69,15 @@ class Engine(ContinuousEngine):
 
 class Eager(Engine):
     graphs = False
+
+
+class Recorded(Engine):
+    """With graphs on a CPU, where `recorded_graphs` plays them."""
+
+    def _make_runner(self, checkpoint: Checkpoint, plan: Plan) -> TorchRunner:  # type: ignore[override]
+        runner = super()._make_runner(checkpoint, plan)
+        runner._graphs = StepGraphs(runner._model)
+        return runner
 
 
 @asynccontextmanager
@@ -209,9 +219,14 @@ async def test_float32_says_what_generate_says(
         assert reference.differing(inputs, found, expected, asked) == []
 
 
-@pytest.mark.parametrize("device", DEVICES)
-async def test_slots_are_used_again_while_others_go_on(spread: Checkpoint, device: str) -> None:
+@pytest.mark.parametrize("where", ["cpu", "cpu-recorded", pytest.param("cuda", marks=needs_gpu)])
+async def test_slots_are_used_again_while_others_go_on(
+    spread: Checkpoint, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Greedy and beam search side by side, of all lengths, each in its own time, some cancelled."""
+    device, _, recorded = where.partition("-")
+    if recorded:
+        recorded_graphs.install(monkeypatch)
     inputs, asked = mixed_load()
     reference = Reference(spread, device, torch.float32)
     expected: dict[int, list[int]] = {}
@@ -220,7 +235,7 @@ async def test_slots_are_used_again_while_others_go_on(spread: Checkpoint, devic
         told = reference.generate([inputs[i] for i in mine], settings)
         expected.update(zip(mine, told, strict=True))
     options = {"device": device, "dtype": "float32", "max_batch_size": 10}
-    async with running(spread, **options) as (client, _):
+    async with running(spread, Recorded if recorded else Engine, **options) as (client, _):
 
         async def leave_early(index: int) -> None:
             request = EngineRequest(f"gone{index}", inputs[index], GREEDY, stream=True)
