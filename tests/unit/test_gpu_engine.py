@@ -12,8 +12,8 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from serve_app.engine.checkpoint import Checkpoint, resolve
-from serve_app.engine.client import EngineClient
-from serve_app.engine.continuous import ContinuousEngine
-from serve_app.engine.gpu.graphs import StepGraphs, forward
+from serve_app.engine.gpu.graphs import forward
 from serve_app.engine.gpu.runner import TorchRunner
-from serve_app.engine.protocol import BatchRan, EngineRequest, Failed, Finished, GenerationSettings
+from serve_app.engine.protocol import BatchRan, EngineRequest, Failed, GenerationSettings
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Plan
 from tests.texts import texts
 from tests.unit import recorded_graphs
 from tests.unit.generated import Reference
+from tests.unit.torch_engines import Eager, Engine, Recorded, outputs, outputs_at_once, running
 
 pytestmark = pytest.mark.anyio
 
@@ -53,60 +52,6 @@ SEARCHES = {
 }  # fmt: skip
 GREEDY = GenerationSettings(min_new_tokens=12, max_new_tokens=12)
 BEAMS = GenerationSettings(num_beams=4, min_new_tokens=12, max_new_tokens=12)
-
-
-class Engine(ContinuousEngine):
-    """A continuous engine on the torch runner, wherever it runs; `graphs` can be done without."""
-
-    graphs = True
-
-    def _make_runner(self, checkpoint: Checkpoint, plan: Plan) -> TorchRunner:  # type: ignore[override]
-        runner = TorchRunner(checkpoint, replace(plan, rounded=True))
-        if not self.graphs:
-            runner._graphs = None
-        return runner
-
-
-class Eager(Engine):
-    graphs = False
-
-
-class Recorded(Engine):
-    """With graphs on a CPU, where `recorded_graphs` plays them."""
-
-    def _make_runner(self, checkpoint: Checkpoint, plan: Plan) -> TorchRunner:  # type: ignore[override]
-        runner = super()._make_runner(checkpoint, plan)
-        runner._graphs = StepGraphs(runner._model)
-        return runner
-
-
-@asynccontextmanager
-async def running(
-    checkpoint: Checkpoint, kind: type[Engine] = Engine, **options: Any
-) -> AsyncIterator[tuple[EngineClient, list[Any]]]:
-    seen: list[Any] = []
-    client = EngineClient(lambda emit: kind(checkpoint, emit, threads=1, **options), seen.append)
-    try:
-        yield client, seen
-    finally:
-        await asyncio.to_thread(client.close)
-        # Freed now, and not by the garbage collector while the next engine captures a graph.
-        runner: Any = client._engine._runner  # type: ignore[attr-defined]
-        runner._groups.clear()
-        runner._graphs = None
-
-
-async def outputs(
-    client: EngineClient, inputs: Sequence[list[int]], asked: Sequence[GenerationSettings]
-) -> list[list[int]]:
-    """What an engine makes of requests that come at once."""
-    requests = [
-        EngineRequest(f"{i}", ids, settings)
-        for i, (ids, settings) in enumerate(zip(inputs, asked, strict=True))
-    ]
-    outcomes = await asyncio.gather(*map(client.run, requests))
-    assert [one for one in outcomes if not isinstance(one, Finished)] == []
-    return [list(one.ids) for one in outcomes]
 
 
 @torch.inference_mode()
@@ -330,18 +275,6 @@ def memory_left(size: int) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-async def outputs_at_once(
-    client: EngineClient, inputs: Sequence[list[int]], asked: Sequence[GenerationSettings]
-) -> list[list[int]]:
-    """See `outputs`; the engine does not begin before it has all of them."""
-    engine: Any = client._engine
-    with engine._lock:  # this thread, on which requests are submitted, may take it again
-        task = asyncio.create_task(outputs(client, inputs, asked))
-        while len(engine._waiting) < len(inputs) and not task.done():  # noqa: ASYNC110
-            await asyncio.sleep(0)
-    return await task
 
 
 def preempted(seen: Sequence[Any]) -> int:
