@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 # Long answers, so that engines and not HTTP take the processors; few enough at once that two
-# replicas and the rest of the service fit on two cores.
+# replicas and the rest of the service mostly fit on two cores.
 _LOADS = {
-    "Poisson": ("--arrivals", "poisson", "--rate", "5"),
-    "bursty": ("--arrivals", "bursty", "--rate", "3", "--burstiness", "6"),
-    "flash crowd": ("--arrivals", "flash-crowd", "--rate", "1.5", "--peak", "4"),
+    "Poisson": ("--arrivals", "poisson", "--rate", "2"),
+    "bursty": ("--arrivals", "bursty", "--rate", "1.2", "--burstiness", "6"),
+    "flash crowd": ("--arrivals", "flash-crowd", "--rate", "0.6", "--peak", "4"),
 }
 _SIZES = ("--input-tokens", "lognormal:150:0.4", "--output-tokens", "uniform:300:500")
 _SETTINGS = {
