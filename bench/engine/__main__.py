@@ -86,7 +86,8 @@ class Bench:
         self.result: dict[str, Any] = {
             "model": options.model,
             "machine": report.machine(options.threads, gpu=self.gpu),
-            "arguments": {k: str(v) for k, v in vars(options).items()},
+            # Not where results go: a path of the machine.
+            "arguments": {k: str(v) for k, v in vars(options).items() if k != "results"},
             "throughput": {}, "latency": {}, "poisson": {}, "counts": {},
             "floor": [], "memory": [], "ratios": [],
         }  # fmt: skip
