@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from training import WORK
 
 CORPUS = WORK / "corpus.npz"
+# By how much the first sentence of a text, or of a part of one, stands for it more than others do.
+LEAD = 0.25
 TEXTS = ("descriptions", "synopses", "passages", "dev_descriptions", "dev_synopses")
 
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.corpus import Corpus, Texts
+from training.corpus import LEAD, Corpus, Texts
 
 EOS = 1
 # Bytes that the normalizer removes from any text, so that their pieces are free to mark spans.
-SENTINELS = range(3 + 1, 3 + 1 + 30)
+SENTINELS = range(3 + 1, 3 + 1 + 18)
 SOURCES = (32, 64, 96, 128, 192, 256, 384)
-TARGETS = (16, 32, 72, 144)
+_SUMMARY = 72  # tokens of a summary at most
+TARGETS = (16, 32, _SUMMARY, 144)
 Tokens = NDArray[np.uint16]
 _END = np.array([EOS], np.uint16)
 
@@ -101,7 +102,7 @@ class Objectives:
         if len(parts) > 2 and self._random.random() < 0.4:
             del parts[self._random.randrange(1, len(parts))]
         source = np.concatenate([corpus.descriptions.span(part, part + 1) for part in parts])
-        return self._pair(source, corpus.synopses.span(index, index + 1), stage.max_source)
+        return _summary(corpus, source, corpus.synopses.span(index, index + 1), stage.max_source)
 
     def _gist(self, max_source: int) -> Pair:
         corpus = self._corpus
@@ -118,11 +119,11 @@ class Objectives:
             end += 1
         scores = corpus.gist[begin:end].copy()
         if begin > every.start:
-            scores[0] += 0.25  # a lead is a lead in a window too
+            scores[0] += LEAD  # a lead is a lead in a window too
         wanted = 2 if end - begin >= 8 else 1
         best = sorted(np.argsort(-scores, kind="stable")[:wanted] + begin)
         target = np.concatenate([texts.span(part, part + 1) for part in best])
-        return self._pair(texts.span(begin, end), target, max_source)
+        return _summary(corpus, texts.span(begin, end), target, max_source)
 
     def _copy(self, texts: Texts) -> Pair:
         every = texts.sentences(self._random.randrange(len(texts)))
@@ -136,7 +137,7 @@ class Objectives:
         every = texts.sentences(self._random.randrange(len(texts)))
         begin = self._random.choice(every)
         words = texts.span(begin, every.stop)[:max_source]
-        spans = int(min(len(SENTINELS), max(1, len(words) // 10), 18))
+        spans = min(len(SENTINELS), max(1, len(words) // 10))
         cuts = np.sort(
             self._numpy.choice(len(words), size=min(2 * spans, len(words)), replace=False)
         )
@@ -155,24 +156,24 @@ class Objectives:
         target.append(_END)
         return Pair(np.concatenate(source), np.concatenate(target))
 
-    def _pair(self, source: Tokens, target: Tokens, max_source: int) -> Pair:
-        room = max_source - len(self._corpus.prefix) - 1
-        return Pair(
-            np.concatenate([self._corpus.prefix, source[:room], _END]),
-            np.concatenate([target[:71], _END]),
-        )
+
+def _summary(corpus: Corpus, source: Tokens, target: Tokens, max_source: int) -> Pair:
+    """The task itself: the prefix and a text, and what is to be said of it; both are cut."""
+    room = max_source - len(corpus.prefix) - 1
+    return Pair(
+        np.concatenate([corpus.prefix, source[:room], _END]),
+        np.concatenate([target[: _SUMMARY - 1], _END]),
+    )
 
 
 def held_out(corpus: Corpus, max_source: int = 384) -> list[Pair]:
     """The task itself on the texts held out for development."""
-    room = max_source - len(corpus.prefix) - 1
     descriptions, synopses = corpus.dev_descriptions, corpus.dev_synopses
     found: list[Pair] = []
     for index in range(len(synopses)):
         parts = descriptions.sentences(index)
-        text = descriptions.span(parts.start, parts.stop)[:room]
-        source = np.concatenate([corpus.prefix, text, _END])
-        found.append(Pair(source, np.concatenate([synopses.span(index, index + 1)[:71], _END])))
+        text = descriptions.span(parts.start, parts.stop)
+        found.append(_summary(corpus, text, synopses.span(index, index + 1), max_source))
     return found
 
 

@@ -152,8 +152,9 @@ def documents() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
     apt.download(PACKAGES, folder)
     for path in sorted(folder.glob("*.deb")):
         yield path.name.partition("_")[0], files(path)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    subprocess.run([*command, "--only-binary=:all:", "--dest", str(folder), GENSIM], check=True)
+    if not any(folder.glob("gensim-*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--only-binary=:all:", "--dest", str(folder), GENSIM], check=True)
     for path in folder.glob("gensim-*.whl"):
         yield "gensim", wheel(path)
 

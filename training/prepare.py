@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from training import COPY_PREFIX, PREFIX, WORK
-from training.corpus import CORPUS, TEXTS, Corpus, Texts, save
+from training.corpus import CORPUS, LEAD, TEXTS, Corpus, Texts, save
 from training.data import load
 from training.evaluate import content_words, faithfulness
 from training.passages import load_passages
@@ -24,7 +24,6 @@ _LEANING = re.compile(
     r"however|thus|therefore|also|as|if|when|for|in|see|note|you|we|i)\b",
     re.I,
 )
-_LEAD = 0.25
 
 
 def sentences(text: str) -> list[str]:
@@ -43,7 +42,7 @@ def gists(parts: Sequence[str]) -> list[float]:
         rest = set().union(*(other for j, other in enumerate(bags) if j != i))
         score = 2 * len(bag & rest) / (len(bag) + len(rest)) if bag and rest else 0.0
         words = len(parts[i].split())
-        score += _LEAD * (i == 0) - 0.008 * max(words - 14, 0)
+        score += LEAD * (i == 0) - 0.008 * max(words - 14, 0)
         if _LEANING.match(parts[i]) or not 6 <= words <= 32 or parts[i][-1:] != ".":
             score -= 0.5
         found.append(score)
