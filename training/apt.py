@@ -1,7 +1,7 @@
 """Debian's archive through apt, without touching the machine's own lists or packages.
 
 apt-get takes its whole state from options, so lists, sources and downloads live in folders of ours
-(apt.conf(5), "DIRECTORIES"; sources.list(5)).
+(apt.conf(5), "DIRECTORIES"; sources.list(5)). The archive is the one that the machine itself uses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from training import WORK
 
 # The first is the one that held-out texts are taken from; older and newer ones add to training.
 RELEASES = ("bookworm", "trixie", "sid", "bullseye")
-_ARCHIVE = "http://deb.debian.org/debian"
 _KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _FOLDER = WORK / "apt"
 LISTS = _FOLDER / "lists"
@@ -31,14 +30,36 @@ def _options() -> list[str]:
     ]
 
 
+def archive() -> str:
+    """Address of Debian's archive, as the machine's own apt has it.
+
+    Raises:
+        RuntimeError: it has none, or its lists were never fetched.
+    """
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
+    targets = subprocess.run(
+        [*command, "Created-By: Packages", "Origin: Debian"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    # The security archive stands beside it and has no release whole.
+    for address in targets.stdout.split():
+        if not address.rstrip("/").endswith("-security"):
+            return address
+    raise RuntimeError("apt knows no archive of Debian's; `apt-get update` fetches its lists")
+
+
 def update() -> None:
     """Fetch the lists of all releases.
 
     Raises:
+        RuntimeError: see `archive`.
         subprocess.CalledProcessError: apt-get failed; it has said why.
     """
     (LISTS / "partial").mkdir(parents=True, exist_ok=True)
-    sources = (f"deb [signed-by={_KEYS}] {_ARCHIVE} {release} main" for release in RELEASES)
+    address = archive()
+    sources = (f"deb [signed-by={_KEYS}] {address} {release} main" for release in RELEASES)
     (_FOLDER / "sources.list").write_text("\n".join(sources) + "\n")
     subprocess.run(["apt-get", *_options(), "update"], check=True)
 
