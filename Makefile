@@ -23,7 +23,7 @@ ARGS ?=
 FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-chaos test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate audit bench-engine bench-observability bench-precision bench-soak bench-verify
+.PHONY: help run test test-chaos test-cluster test-delivery cluster-up cluster-down lint start-time lock image chart chart-tools helm deploy-tools demo-data demo-train demo-eval gate audit bench-engine bench-observability bench-overload bench-precision bench-soak bench-verify
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -178,6 +178,9 @@ bench-engine: $(VENV)/.installed ## the engine against transformers and CTransla
 bench-observability: $(VENV)/.installed ## what usage events, metrics and traces cost (ARGS: --help)
 	$(BIN)/python -m bench.observability_parts
 	$(BIN)/python -m bench.observability $(ARGS)
+
+bench-overload: $(VENV)/.installed ## three times the load it can bear, a retry storm, fair share (ARGS: --quick)
+	$(BIN)/python -m bench.overload $(ARGS)
 
 bench-precision: $(VENV)/.installed ## what bfloat16 and int8 change in the demo model's summaries
 	$(BIN)/python -m bench.precision

@@ -34,10 +34,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The replica's queue was full."""
+    """The replica's queue was full, or so long that the call would have been `late_s` late."""
 
     message: str
-    load: EngineLoad
+    retry_after_s: float
+    late_s: float | None = None
 
 
 Outcome = Finished | Failed | Rejected

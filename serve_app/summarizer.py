@@ -182,8 +182,8 @@ class Summarizer:
 
     def _refused(self, call: Call, error: QueueFullError | EngineStoppedError) -> Outcome:
         if isinstance(error, QueueFullError):
-            self._metrics.rejected()
-            return Rejected(error.message, error.load)
+            self._metrics.rejected(error.outcome)
+            return Rejected(error.message, error.retry_after_s, error.late_s)
         failed = Failed(call.id, FailureReason.STOPPED, str(error))
         self._metrics.event(failed)
         return failed

@@ -18,6 +18,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from serve_app.api.gate import Gate
 from serve_app.api.suspects import Suspects, Trial
 from serve_app.calls import Call, Outcome, Probe, Rejected
 from serve_app.config import Limits
@@ -51,10 +52,13 @@ class RayBackend:
         self._probe = handle.options(method_name="probe")
         self._limits = limits
         self._tracing = tracing
+        self._gate = Gate()
         self._suspects = Suspects()
 
     async def run(self, call: Call) -> Finished:
         """See `Backend.run`. A call whose replica dies is run once more elsewhere."""
+        if (refusal := self._gate.refusal(call)) is not None:
+            return finished(refusal, self._limits)
         ends = time.monotonic() + call.timeout_s
         async with self._suspects.trial(call) as trial:
             for last in (False, True):
@@ -62,10 +66,12 @@ class RayBackend:
                     with self._attempt(call, ends) as sent:
                         response = self._run.remote(sent)
                         try:
-                            output = finished(await response, self._limits)
+                            outcome = await response
                         except asyncio.CancelledError:
                             response.cancel()  # type: ignore[no-untyped-call]
                             raise
+                        self._gate.saw(sent, outcome)
+                        output = finished(outcome, self._limits)
                 except Exception as error:
                     self._gone(error, trial, last=last)
                 else:
@@ -75,6 +81,8 @@ class RayBackend:
 
     async def stream(self, call: Call) -> AsyncGenerator[Tokens | Finished]:
         """See `Backend.stream`. Tried once more only while nothing has been streamed."""
+        if (refusal := self._gate.refusal(call)) is not None:
+            yield finished(refusal, self._limits)
         ends = time.monotonic() + call.timeout_s
         async with self._suspects.trial(call) as trial:
             for last in (False, True):
@@ -96,6 +104,7 @@ class RayBackend:
                             response.cancel()
                             raise
                         assert outcome is not None, "a stream ends with its outcome"
+                        self._gate.saw(sent, outcome)
                         output = finished(outcome, self._limits)
                 except Exception as error:
                     self._gone(error, trial, last=last or started)
@@ -168,7 +177,7 @@ def finished(outcome: Outcome, limits: Limits) -> Finished:
         raise OverloadedError(
             outcome.message,
             limits.full_status,
-            outcome.load.retry_after_s(),
+            outcome.retry_after_s,
             limits.max_retry_after_s,
         )
     assert isinstance(outcome, Failed)

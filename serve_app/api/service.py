@@ -19,10 +19,12 @@ from serve_app.calls import Backend, Call
 from serve_app.config import ApiSettings, Limits
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.protocol import Finished, FinishReason, GenerationSettings
-from serve_app.engine.tokenizer import Tokenizer
+from serve_app.engine.tokenizer import Encoded, Tokenizer
 from serve_app.errors import DeadlineError, invalid
 
 _INLINE_CHARACTERS = 4096  # longer texts are tokenized off the event loop
+# Longer ones take seconds, and so must leave threads to the others. So many at once may be split.
+_LONG_CHARACTERS, _LONG_AT_ONCE = 65_536, 2
 _T = TypeVar("_T")
 
 # How much longer than the deadline an engine's answer is waited for: a decode step or an encoding
@@ -101,6 +103,7 @@ class SummaryService:
         self._prefix = checkpoint.prefix
         self._waits = Waits()
         self._parts_in_flight = api.parts_in_flight
+        self._long = asyncio.Semaphore(_LONG_AT_ONCE)
         prefix_tokens = len(self._tokenizer.encode(self._prefix).ids)
         self._part_budget = self.max_input_tokens - 1 - prefix_tokens - _SPLIT_SLACK
 
@@ -185,7 +188,10 @@ class SummaryService:
     async def _plan(self, job: Job) -> tuple[list[_Part], bool]:
         if len(job.text) <= _INLINE_CHARACTERS:
             return self._parts(job)
-        return await asyncio.to_thread(self._parts, job)
+        if len(job.text) <= _LONG_CHARACTERS:
+            return await asyncio.to_thread(self._parts, job)
+        async with self._long:
+            return await asyncio.to_thread(self._parts, job)
 
     def _parts(self, job: Job) -> tuple[list[_Part], bool]:
         """Encoder inputs for the text, and whether part of it was left out."""
@@ -208,15 +214,15 @@ class SummaryService:
             raise invalid("text", message, limit=most, value=count)
         if job.on_overflow == "truncate":
             return whole, True
-        return self._split(job.text), False
+        return self._split(job.text, encoded), False
 
-    def _split(self, text: str) -> list[_Part]:
+    def _split(self, text: str, encoded: Encoded) -> list[_Part]:
         """Parts of a long text, each checked to fit when tokenized on its own."""
         budget = self._part_budget
         while True:
             parts: list[_Part] = []
             fits = True
-            for span in split(text, self._tokenizer.encode(text), budget):
+            for span in split(text, encoded, budget):
                 part = self._prefix + text[span.start : span.end]
                 ids, overflows = self._tokenizer.model_input(part, self.max_input_tokens)
                 fits = fits and not overflows
@@ -277,10 +283,13 @@ class SummaryService:
         summaries = [chunk.summary for chunk in chunks]
         for round_ in range(self.limits.reduce_rounds + 1):
             text = "\n".join(summary for summary in summaries if summary.strip()) or "."
-            ids, overflows = self._tokenizer.model_input(self._prefix + text, self.max_input_tokens)
+            ids, overflows = await asyncio.to_thread(
+                self._tokenizer.model_input, self._prefix + text, self.max_input_tokens
+            )
             if not overflows or round_ == self.limits.reduce_rounds:
                 return ids, overflows
-            parts = await asyncio.to_thread(self._split, text)
+            encoded = await asyncio.to_thread(self._tokenizer.encode, text)
+            parts = await asyncio.to_thread(self._split, text, encoded)
             async with aclosing(self._map(parts, settings, deadline, bill, "reduce")) as done:
                 reduced = [chunk async for chunk in done]
             summaries = [chunk.summary for chunk in sorted(reduced, key=lambda chunk: chunk.index)]
@@ -296,7 +305,14 @@ class _Deadline:
         self._at = time.monotonic() + timeout_s
 
     def call(self, ids: list[int], settings: GenerationSettings, stage: str = "final") -> Call:
-        left = max(self._at - time.monotonic(), 0.001)
+        """A call with what is left of the time.
+
+        Raises:
+            DeadlineError: nothing is: it would cost an engine, and nobody waits for it.
+        """
+        left = self._at - time.monotonic()
+        if left <= 0:
+            raise self._late()
         return Call(uuid.uuid4().hex, ids, settings, left, self._share, stage)
 
     async def answer(self, awaitable: Awaitable[_T]) -> _T:
@@ -309,11 +325,14 @@ class _Deadline:
             async with asyncio.timeout(self._at + beyond_s - time.monotonic()):
                 return await awaitable
         except TimeoutError:
-            late = DeadlineError(
-                f"the deadline (timeout_s: {self._timeout_s:g}) passed before the summary was done"
-            )
+            late = self._late()
             late.usage = None
             raise late from None
+
+    def _late(self) -> DeadlineError:
+        return DeadlineError(
+            f"the deadline (timeout_s: {self._timeout_s:g}) passed before the summary was done"
+        )
 
 
 def _reason(reason: FinishReason) -> Literal["stop", "max_new_tokens"]:

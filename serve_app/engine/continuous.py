@@ -21,6 +21,7 @@ from serve_app.engine.protocol import BatchRan, Event, Finished, FinishReason, T
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Advance, Plan, Runner
 from serve_app.engine.thread import EngineThread, broken, failure
+from serve_app.engine.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,11 @@ class ContinuousEngine(EngineThread):
         self._undrained_s = 0.0
         self._slots = self._rows_allowed = self._runner.most_rows
         self._good_steps = self._preempted = 0
+        self._turns = Turns(self._slots, self._max_batch_tokens)
 
     @torch.inference_mode()
     def _work(self) -> None:
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.thread_time()
         self._drop_dead(began)
         encoded = self._admit()
         encode_seconds = time.monotonic() - began if encoded else 0.0
@@ -80,10 +82,13 @@ class ContinuousEngine(EngineThread):
             drafted = sum(advance.drafted for advance in advances)
             accepted = made - len(advances)
             self._leave([advance.entry for advance in advances if advance.output is not None])
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
+        seconds = ended - began
         with self._lock:
             self._tally.encoded(encoded, encode_seconds)
             self._tally.stepped(rows, documents, made, seconds - encode_seconds)
+            self._tally.cpu_s += time.thread_time() - cpu_began
+            self._pace.stepped(self._tally, ended)
         self._account(events, seconds)
         preempted, self._preempted = self._preempted, 0
         ran = BatchRan(
@@ -102,31 +107,16 @@ class ContinuousEngine(EngineThread):
     def _admit(self) -> int:
         """Encode waiting documents and give them slots; returns how many tokens that took."""
         with self._lock:
-            admitted = self._pull()
             now = time.monotonic()
+            admitted = self._turns.pull(
+                self._waiting, self._runner.entries, self._pace, now, self._rows_allowed
+            )
             for entry in admitted:
                 entry.started = now
         if admitted:
             self._encode(admitted)
             self._update_running()
         return sum(entry.tokens for entry in admitted if entry.encoded)
-
-    def _pull(self) -> list[Entry]:
-        """Take from the queue, in turn, what fits into free rows and the encoder's budget."""
-        pulled: list[Entry] = []
-        rows = self._runner.rows
-        longest = 0
-        while len(self._waiting):
-            entry = self._waiting.peek()
-            rows += entry.request.settings.num_beams
-            longest = max(longest, entry.tokens)
-            # More beams than rows, or more tokens than the budget: alone, it may all the same.
-            fits = rows <= self._rows_allowed or rows == entry.request.settings.num_beams
-            affordable = not pulled or longest * (len(pulled) + 1) <= self._max_batch_tokens
-            if not (fits and affordable):
-                break
-            pulled.append(self._waiting.pop())
-        return pulled
 
     def _encode(self, batch: list[Entry]) -> None:
         """Encode documents and give them slots. Those that cannot be encoded fail alone."""

@@ -184,12 +184,34 @@ class EngineLoad:
 
 
 class QueueFullError(Exception):
-    """The engine's bounded queue cannot take the request. `load` is its state at that moment."""
+    """The engine's bounded queue cannot take the request. `load` is its state at that moment.
 
-    def __init__(self, message: str, load: EngineLoad) -> None:
+    `retry_after_s` is when to come back, and `outcome` how the refusal is counted.
+    """
+
+    outcome = "rejected"
+    late_s: float | None = None
+
+    def __init__(self, message: str, load: EngineLoad, retry_after_s: float | None = None) -> None:
         super().__init__(message, load)
         self.message = message
         self.load = load
+        self.retry_after_s = load.retry_after_s() if retry_after_s is None else retry_after_s
+
+
+class TooLateError(QueueFullError):
+    """The request would be done `late_s` after its deadline, or too close to it."""
+
+    outcome = "too_late"
+
+    def __init__(self, late_s: float, load: EngineLoad) -> None:
+        super().__init__(self.text(late_s), load, late_s)
+        self.late_s = late_s
+
+    @staticmethod
+    def text(late_s: float) -> str:
+        """What a caller is told."""
+        return f"the queue is too long: the request would be {late_s:.1f} s late"
 
 
 class EngineStoppedError(Exception):
@@ -203,7 +225,8 @@ class Engine(Protocol):
         """Queue a request; its events follow through the callback given at construction.
 
         Raises:
-            QueueFullError: the bounded queue is full.
+            QueueFullError: the bounded queue is full, or (`TooLateError`) so much is before the
+                request that it would be late.
             EngineStoppedError: the engine is closing or has broken down.
         """
 

@@ -1,10 +1,12 @@
-"""The engines' waiting line: first come first served within a share, shares in turn."""
+"""The engines' waiting line: first come first served within a share, shares in turn by work."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from heapq import merge
+from itertools import count, takewhile
 
 from serve_app.engine.protocol import EngineRequest, Usage
 
@@ -21,11 +23,18 @@ class Entry:
     streamed: int = 0  # of these, already handed out
     cancelled: bool = False
     over: bool = field(default=False)  # its last event has been emitted
+    turn: tuple[float, int] = (0.0, 0)  # the queue's: lower ones go first
 
     @property
     def tokens(self) -> int:
         """Encoder input length."""
         return len(self.request.input_ids)
+
+    @property
+    def cost(self) -> int:
+        """What a turn for it costs its share: tokens to encode and, at most, to decode."""
+        settings = self.request.settings
+        return self.tokens + settings.num_beams * settings.max_new_tokens
 
     @property
     def origin(self) -> str:
@@ -52,65 +61,113 @@ class Entry:
 class FairQueue:
     """Waiting entries. Iterates in the order they should be taken.
 
-    Each share (`EngineRequest.share`) has a line of its own, and the lines take turns: a client
-    with three hundred parts of a document waits behind them itself, nobody else does.
+    Each share (`EngineRequest.share`) has a line of its own, and the lines take turns by work, not
+    by entries: start-time fair queueing (Goyal, Vin and Cheng 1996). An entry's turn comes when the
+    others have had as much as its share had before it, and a share that comes new begins where the
+    others are now: a client with three hundred parts of a document waits behind them itself, nobody
+    else does.
     """
 
     def __init__(self) -> None:
-        self._lines: OrderedDict[str, deque[Entry]] = OrderedDict()
+        self._lines: dict[str, deque[Entry]] = {}
+        self._had: dict[str, float] = {}  # the work at which a share's next turn comes
+        self._now = 0.0  # the work at which the turn taken last came
+        self._arrivals = count()
+        self._length = 0
         self.tokens = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return self._length
 
     def __iter__(self) -> Iterator[Entry]:
-        lines = [list(line) for line in self._lines.values()]
-        for turn in range(max(map(len, lines), default=0)):
-            for line in lines:
-                if turn < len(line):
-                    yield line[turn]
+        return merge(*self._lines.values(), key=_turn)
+
+    def full(self, entry: Entry, most_requests: int, most_tokens: int) -> str | None:
+        """Which bound keeps an entry out, or None.
+
+        A share that has less of the queue than its part, if all had the same, is let in beyond the
+        bounds, up to twice of them: whoever came first must not keep out everybody else.
+        """
+        # An entry longer than the whole bound still gets in when nothing else waits.
+        if not self._length:
+            return None
+        own = self._lines.get(entry.request.share, ())
+        shares = len(self._lines) + (not own)
+        requests, tokens = len(own) + 1, sum(one.tokens for one in own) + entry.tokens
+        crowded = self._length + 1 > 2 * most_requests
+        if self._length + 1 > most_requests and (crowded or requests * shares > most_requests):
+            return f"{most_requests} requests are waiting"
+        total = self.tokens + entry.tokens
+        crowded = total > 2 * most_tokens
+        if total > most_tokens and (crowded or tokens * shares > most_tokens):
+            return f"its limit is {most_tokens} tokens"
+        return None
+
+    def before(self, share: str) -> Iterator[Entry]:
+        """Whose turns come before that of the share's next entry, in their order."""
+        at = max(self._had.get(share, 0.0), self._now)
+        return takewhile(lambda entry: entry.turn[0] <= at, self)
 
     def push(self, entry: Entry) -> None:
         """Put an entry at the end of its share's line."""
-        self._lines.setdefault(entry.request.share, deque()).append(entry)
+        share = entry.request.share
+        at = max(self._had.get(share, 0.0), self._now)
+        entry.turn = (at, next(self._arrivals))
+        self._had[share] = at + entry.cost
+        self._lines.setdefault(share, deque()).append(entry)
+        self._length += 1
         self.tokens += entry.tokens
 
     def put_back(self, entry: Entry) -> None:
-        """Put an entry in front of all others."""
-        share = entry.request.share
-        self._lines.setdefault(share, deque()).appendleft(entry)
-        self._lines.move_to_end(share, last=False)
+        """Put an entry that was taken in front of all others."""
+        first = self.peek()
+        at = self._now if first is None else min(self._now, first.turn[0])
+        entry.turn = (at, -next(self._arrivals))
+        self._lines.setdefault(entry.request.share, deque()).appendleft(entry)
+        self._length += 1
         self.tokens += entry.tokens
 
-    def peek(self) -> Entry:
-        """The entry whose turn it is. Raises `IndexError` when none waits."""
-        for line in self._lines.values():
-            return line[0]
-        raise IndexError("the queue is empty")
+    def peek(self, but: Container[str] = ()) -> Entry | None:
+        """The entry whose turn it is, of shares not in `but`; None: none waits."""
+        heads = (line[0] for share, line in self._lines.items() if share not in but)
+        return min(heads, key=_turn, default=None)
 
-    def pop(self) -> Entry:
-        """Take the entry whose turn it is; its share's next turn comes after all others'."""
-        entry = self.peek()
+    def pop(self, but: Container[str] = ()) -> Entry:
+        """Take the entry that `peek` has. Raises `IndexError`: none waits."""
+        entry = self.peek(but)
+        if entry is None:
+            raise IndexError("the queue is empty")
+        self._now = max(self._now, entry.turn[0])
         share = entry.request.share
-        line = self._lines[share]
-        line.popleft()
-        self.tokens -= entry.tokens
-        if line:
-            self._lines.move_to_end(share)
-        else:
-            del self._lines[share]
+        self._lines[share].popleft()
+        self._left([entry])
         return entry
 
     def take(self, wanted: Callable[[Entry], object]) -> list[Entry]:
         """Take out all entries that `wanted` accepts, asked in the order of their turns."""
         taken = [entry for entry in self if wanted(entry)]
         gone = set(map(id, taken))
-        for share in [entry.request.share for entry in taken]:
-            if (line := self._lines.get(share)) is not None:
-                kept = deque(entry for entry in line if id(entry) not in gone)
-                if kept:
-                    self._lines[share] = kept
-                else:
-                    del self._lines[share]
-        self.tokens -= sum(entry.tokens for entry in taken)
+        for share in {entry.request.share for entry in taken}:
+            kept = deque(entry for entry in self._lines[share] if id(entry) not in gone)
+            self._lines[share] = kept
+            # It has not had what was taken out: the next one follows the last that stays.
+            self._had[share] = kept[-1].turn[0] + kept[-1].cost if kept else 0.0
+        self._left(taken)
         return taken
+
+    def _left(self, entries: list[Entry]) -> None:
+        self._length -= len(entries)
+        self.tokens -= sum(entry.tokens for entry in entries)
+        for share in {entry.request.share for entry in entries}:
+            if not self._lines[share]:
+                del self._lines[share]
+        if not self._lines:
+            # Nobody has waited for anybody: what shares had is of no account.
+            self._had.clear()
+            self._now = 0.0
+        elif len(self._had) > 2 * len(self._lines) + 16:
+            self._had = {share: had for share, had in self._had.items() if had > self._now}
+
+
+def _turn(entry: Entry) -> tuple[float, int]:
+    return entry.turn

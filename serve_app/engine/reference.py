@@ -58,9 +58,10 @@ class ReferenceEngine(EngineThread):
 
     def _take(self) -> list[Entry]:
         """The request whose turn it is and, in order, all that can share a `generate()` with it."""
-        if not len(self._waiting):
+        first = self._waiting.peek()
+        if first is None:
             return []
-        settings = self._waiting.peek().request.settings
+        settings = first.request.settings
         count = longest = 0
 
         def fits(entry: Entry) -> bool:

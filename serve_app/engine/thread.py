@@ -14,6 +14,7 @@ from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.faults import let_go, out_of_memory, poisoned
+from serve_app.engine.pace import Pace
 from serve_app.engine.protocol import (
     Emit,
     EngineLoad,
@@ -25,6 +26,7 @@ from serve_app.engine.protocol import (
     Finished,
     QueueFullError,
     Stopped,
+    TooLateError,
 )
 from serve_app.engine.queue import Entry, FairQueue
 from serve_app.engine.work import Meter, Tally, Work
@@ -104,7 +106,6 @@ class EngineThread:
 
     def submit(self, request: EngineRequest) -> None:
         """See `Engine.submit`."""
-        tokens = len(request.input_ids)
         with self._lock:
             if self._broken is not None:
                 raise EngineStoppedError(self._broken)
@@ -112,14 +113,11 @@ class EngineThread:
                 raise EngineStoppedError("the engine has stopped")
             if request.id in self._by_id:
                 raise ValueError(f"request id {request.id!r} is already in the engine")
-            if len(self._waiting) >= self._max_waiting_requests:
-                limit = f"{self._max_waiting_requests} requests"
-                raise QueueFullError(f"the queue is full: {limit} are waiting", self._load())
-            # A request longer than the whole bound still gets in when nothing else waits.
-            if len(self._waiting) and self._waiting.tokens + tokens > self._max_waiting_tokens:
-                limit = f"{self._max_waiting_tokens} tokens"
-                raise QueueFullError(f"the queue is full: its limit is {limit}", self._load())
             entry = Entry(request, arrived=time.monotonic())
+            bounds = self._max_waiting_requests, self._max_waiting_tokens
+            if (bound := self._waiting.full(entry, *bounds)) is not None:
+                raise QueueFullError(f"the queue is full: {bound}", self._load())
+            self._refuse_late(entry)
             self._by_id[request.id] = entry
             self._waiting.push(entry)
             if request.deadline is not None:
@@ -192,6 +190,7 @@ class EngineThread:
             if self._threads:
                 torch.set_num_threads(self._threads)
             self._open()
+            self._pace = Pace(self._slots)
         except Exception as error:
             self._open_error = error
             return
@@ -323,6 +322,14 @@ class EngineThread:
         most = settings.max_new_tokens / meter.made_per_step
         steps = most if meter.steps is None else min(most, meter.steps)
         return settings.num_beams * max(steps - entry.made / meter.made_per_step, 1.0)
+
+    def _refuse_late(self, entry: Entry) -> None:
+        """Raise `TooLateError` for a request that would only wait to be late."""
+        running = [one for one in self._by_id.values() if one.started]
+        ahead = self._waiting.before(entry.request.share)
+        late_s = self._pace.late_s(entry, running, ahead, entry.arrived)
+        if late_s is not None:
+            raise TooLateError(late_s, self._load())
 
     def _no_progress_s(self) -> float:
         if self._busy_since is None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HfTokenizer
 
 from serve_app.engine.checkpoint import Checkpoint, CheckpointError
+
+_SHORT_CHARACTERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> Encoded:
         """Token ids and offsets of `text`, no special tokens added."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         return Encoded(encoding.ids, encoding.offsets)
 
     def model_input(self, text: str, max_tokens: int) -> tuple[list[int], bool]:
@@ -37,13 +40,20 @@ class Tokenizer:
         Returns:
             The ids, and whether the text had to be cut.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._encode(text).ids
         return [*ids[: max_tokens - 1], self._eos_id], len(ids) > max_tokens - 1
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens skipped."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def _encode(self, text: str) -> Encoding:
+        if len(text) <= _SHORT_CHARACTERS:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        # `encode` keeps Python's lock for as long as it takes, seconds for a long document, in
+        # which an event loop on another thread stands still. `encode_batch` does not.
+        return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
 
 def _load(checkpoint: Checkpoint) -> HfTokenizer:

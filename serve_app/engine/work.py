@@ -31,6 +31,7 @@ class Tally:
     documents: float = 0.0
     made: float = 0.0
     finished: float = 0.0
+    cpu_s: float = 0.0  # of `encode_s` and `step_s`, what the engine's thread had a processor for
 
     def encoded(self, tokens: int, seconds: float) -> None:
         """So many input tokens were encoded."""
@@ -67,10 +68,12 @@ class Meter:
 
     Args:
         slots: rows of a full batch.
+        half_life_s: of busy time, after which what was measured counts half.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, half_life_s: float = HALF_LIFE_S) -> None:
         self._slots = max(slots, 1)
+        self._half_life_s = half_life_s
         self._last: Tally | None = None
         self._recent = Tally()
         self._done_s = 0.0
@@ -83,7 +86,7 @@ class Meter:
         fresh = [new - old for new, old in zip(astuple(tally), astuple(self._last), strict=True)]
         self._last = Tally(*astuple(tally))
         busy_s = fresh[1] + fresh[3]
-        keep = 0.5 ** (busy_s / HALF_LIFE_S)
+        keep = 0.5 ** (busy_s / self._half_life_s)
         recent = astuple(self._recent)
         self._recent = Tally(*(keep * old + new for old, new in zip(recent, fresh, strict=True)))
         if self.measured:
@@ -101,10 +104,19 @@ class Meter:
 
     @property
     def row_s(self) -> float:
-        """Seconds of a row in a step of a full batch: a line through steps' times over rows."""
+        """Seconds of a row in a step of a full batch."""
+        if not self._recent.rows:
+            return 0.0
+        full = max(self._slots, self._recent.rows / self._recent.steps)
+        fixed_s, more_s = self.step
+        return more_s + fixed_s / full
+
+    @property
+    def step(self) -> tuple[float, float]:
+        """Seconds of any step, and more of them for each row: a line through steps' times."""
         seen = self._recent
         if not seen.rows:
-            return 0.0
+            return 0.0, 0.0
         rows, seconds = seen.rows / seen.steps, seen.step_s / seen.steps
         proportional = seconds / rows
         belief = BELIEF * rows * rows
@@ -112,7 +124,7 @@ class Meter:
         variance = max(seen.squares / seen.steps - rows * rows, 0.0)
         slope = (covariance + belief * proportional) / (variance + belief)
         slope = min(max(slope, 0.0), proportional)
-        return slope + (seconds - slope * rows) / max(self._slots, rows)
+        return seconds - slope * rows, slope
 
     @property
     def steps(self) -> float | None:
@@ -126,6 +138,18 @@ class Meter:
     def made_per_step(self) -> float:
         """Tokens that a step makes of a document; above 1 where looked-up ones are right."""
         return self._recent.made / self._recent.documents if self._recent.documents else 1.0
+
+    @property
+    def encoding(self) -> float:
+        """Which part of the time at work went into encoding."""
+        seen = self._recent
+        return seen.encode_s / max(seen.encode_s + seen.step_s, 1e-9)
+
+    @property
+    def computing(self) -> float:
+        """Which part of the time at work the engine's thread had a processor, from 0 to 1."""
+        seen = self._recent
+        return min(seen.cpu_s / max(seen.encode_s + seen.step_s, 1e-9), 1.0)
 
     def work(self, waiting: tuple[float, float], running: tuple[float, float]) -> Work | None:
         """The work of so many input tokens to encode and rows times steps to decode.

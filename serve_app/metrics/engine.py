@@ -32,9 +32,9 @@ class EngineMetrics:
             lost_s = event.usage.compute_ms / 1e3
             self._to.add("t5_lost_compute_seconds", lost_s, event.reason.value)
 
-    def rejected(self) -> None:
-        """The queue was full."""
-        self._to.add("t5_engine_requests", 1, "rejected")
+    def rejected(self, outcome: str) -> None:
+        """The queue was full (`rejected`), or too long (`too_late`)."""
+        self._to.add("t5_engine_requests", 1, outcome)
 
     def load(self, load: EngineLoad) -> None:
         """Set the gauges."""

@@ -124,8 +124,9 @@ ENGINE_SERIES = (
     _histogram("t5_compute_ms", "Time of a document in the model.", LATENCY_MS),
     _counter(
         "t5_engine_requests",
-        "Documents by outcome: `finished`, `deadline`, `cancelled`, `error`, `rejected`, `stopped` "
-        "with their engine; and `preempted`, back in the queue for want of memory.",
+        "Documents by outcome: `finished`, `deadline`, `cancelled`, `error`, `stopped` with their "
+        "engine; refused at once, as the queue is full, `rejected`, or as they would be late, "
+        "`too_late`; and `preempted`, back in the queue for want of memory.",
         "outcome",
     ),
     _counter(

@@ -24,7 +24,7 @@ def test_a_worker_pod_comes_and_goes(
 
     def client() -> None:
         # Long texts keep the engine busy: each is some 60 parts.
-        body = {"text": (TEXT + " ") * 250, "num_beams": 4, "timeout_s": 10}
+        body = {"text": (TEXT + " ") * 250, "num_beams": 4, "timeout_s": 20}
         headers = {"Authorization": f"Bearer {token}"}
         while not stop.is_set():
             answer = httpx.post(

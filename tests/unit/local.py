@@ -39,7 +39,7 @@ class LocalBackend:
         try:
             outcome: Outcome = await self._client.run(_request(call, stream=False))
         except QueueFullError as error:
-            outcome = Rejected(error.message, error.load)
+            outcome = Rejected(error.message, error.retry_after_s, error.late_s)
         return finished(outcome, self._limits)
 
     async def stream(self, call: Call) -> AsyncGenerator[Tokens | Finished]:
