@@ -230,7 +230,7 @@ async def test_an_error_in_the_scheduler_fails_who_runs_and_who_waits(
         def pull() -> Any:
             raise KeyError("in the scheduler")
 
-        client._engine._pull = pull  # type: ignore[attr-defined]
+        client._engine._admit = pull  # type: ignore[attr-defined]
         outcomes = await asyncio.gather(*long)
         assert {one.reason for one in outcomes} == {FailureReason.STOPPED}
         # Who ran has used something, who waited has not.
