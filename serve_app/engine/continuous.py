@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from serve_app.engine.faults import let_go, out_of_memory, poisoned
 from serve_app.engine.protocol import BatchRan, Event, Finished, FinishReason, Tokens
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Advance, Plan, Runner
+from serve_app.engine.shares import TimeShares
 from serve_app.engine.thread import EngineThread, broken, failure
 from serve_app.engine.turns import Turns
 
@@ -55,7 +57,8 @@ class ContinuousEngine(EngineThread):
         self._undrained_s = 0.0
         self._slots = self._rows_allowed = self._runner.most_rows
         self._good_steps = self._preempted = 0
-        self._turns = Turns(self._slots, self._max_batch_tokens)
+        self._time = TimeShares() if self._runner.steps_some else None
+        self._turns = Turns(self._slots, self._max_batch_tokens, self._time)
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -63,18 +66,19 @@ class ContinuousEngine(EngineThread):
         self._drop_dead(began)
         encoded = self._admit()
         encode_seconds = time.monotonic() - began if encoded else 0.0
-        documents = len(self._runner.entries)
-        if not documents:
+        if not self._runner.entries:
             return
-        rows = self._runner.rows
+        stepping = list(self._stepping())
+        documents, rows = len(stepping), _rows(stepping)
         made = drafted = accepted = 0
         try:
-            advances = self._runner.step()
+            some = documents < len(self._runner.entries)
+            advances = self._runner.step(stepping if some else None)
             self._stepped()
         except Exception as error:
             if poisoned(error):
                 raise
-            events = self._step_failed(error)
+            events = self._step_failed(error, stepping)
         else:
             self._recover()
             events = list(self._events(advances))
@@ -84,6 +88,8 @@ class ContinuousEngine(EngineThread):
             self._leave([advance.entry for advance in advances if advance.output is not None])
         ended = time.monotonic()
         seconds = ended - began
+        if self._time is not None:
+            self._time.stepped(_by_share(stepping), self._pace.step, seconds - encode_seconds)
         with self._lock:
             self._tally.encoded(encoded, encode_seconds)
             self._tally.stepped(rows, documents, made, seconds - encode_seconds)
@@ -96,6 +102,17 @@ class ContinuousEngine(EngineThread):
         )
         # First what was done, then whom it was for: who sees an end counted sees its tokens, too.
         self._finish([ran, *events])
+
+    def _stepping(self) -> list[Entry]:
+        """The documents that take the next step: all, or those of shares that are not ahead."""
+        entries = self._runner.entries
+        if self._time is None:
+            return entries
+        rows = _by_share(entries)
+        if len(rows) == 1:
+            return entries
+        shares = self._time.stepping(rows, self._pace.step)
+        return [entry for entry in entries if entry.request.share in shares]
 
     def _drop_dead(self, now: float) -> None:
         """Free the slots of requests nobody waits for any more."""
@@ -116,7 +133,14 @@ class ContinuousEngine(EngineThread):
         if admitted:
             self._encode(admitted)
             self._update_running()
-        return sum(entry.tokens for entry in admitted if entry.encoded)
+        encoded = Counter[str]()
+        for entry in admitted:
+            if entry.encoded:
+                encoded[entry.request.share] += entry.tokens
+        if self._time is not None:
+            self._time.running(_by_share(self._runner.entries))
+            self._time.encoded(encoded, time.monotonic() - now)
+        return encoded.total()
 
     def _encode(self, batch: list[Entry]) -> None:
         """Encode documents and give them slots. Those that cannot be encoded fail alone."""
@@ -132,12 +156,12 @@ class ContinuousEngine(EngineThread):
         for entry in batch:
             entry.encoded = now
 
-    def _step_failed(self, error: Exception) -> list[Event]:
-        """After a step without result: who fails of the batch.
+    def _step_failed(self, error: Exception, stepping: list[Entry]) -> list[Event]:
+        """After a step without result: who fails of those that took it.
 
-        Out of memory, the newest half is put back, as far as possible of those who have streamed
-        nothing yet. Otherwise all fail: a step is of the whole batch, and nobody can tell whose
-        fault it was.
+        Out of memory, the newest half of the batch is put back, as far as possible of those who
+        have streamed nothing yet. Otherwise all of the step fail: nobody can tell whose fault it
+        was.
         """
         entries = list(self._runner.entries)
         if out_of_memory(error) and len(entries) > 1:
@@ -145,11 +169,11 @@ class ContinuousEngine(EngineThread):
             self._put_back(kept[: (len(kept) - 1) // 2 : -1], error)
             return []
         logger.error(
-            "a decode step of %d documents failed", len(entries), exc_info=error,
-            extra={"request_ids": [entry.origin for entry in entries]},
+            "a decode step of %d documents failed", len(stepping), exc_info=error,
+            extra={"request_ids": [entry.origin for entry in stepping]},
         )  # fmt: skip
-        self._leave(entries)
-        return [broken(entry, error) for entry in entries]
+        self._leave(stepping)
+        return [broken(entry, error) for entry in stepping]
 
     def _put_back(self, entries: list[Entry], error: Exception) -> None:
         """Return documents, newest first, to the front of the queue, to start again.
@@ -183,7 +207,7 @@ class ContinuousEngine(EngineThread):
     def _check(self) -> None:
         super()._check()
         entries, rows = self._runner.entries, self._runner.rows
-        taken = sum(entry.request.settings.num_beams for entry in entries)
+        taken = _rows(entries)
         if not rows == taken == self._slots_used or any(entry.over for entry in entries):
             raise AssertionError(
                 f"{rows} rows are taken, {self._slots_used} by account, {taken} by documents"
@@ -228,6 +252,18 @@ class ContinuousEngine(EngineThread):
         with self._lock:
             self._running = list(self._runner.entries)
             self._slots_used = self._runner.rows
+
+
+def _rows(entries: Iterable[Entry]) -> int:
+    return sum(entry.request.settings.num_beams for entry in entries)
+
+
+def _by_share(entries: Iterable[Entry]) -> Counter[str]:
+    """Rows of each share."""
+    rows = Counter[str]()
+    for entry in entries:
+        rows[entry.request.share] += entry.request.settings.num_beams
+    return rows
 
 
 def make_runner(checkpoint: Checkpoint, plan: Plan) -> Runner:

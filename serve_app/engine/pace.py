@@ -49,6 +49,11 @@ class Pace:
         self._meter.read(tally)
         self._read_at = now
 
+    @property
+    def step(self) -> tuple[float, float]:
+        """Seconds of any step, and more of them for each row; zeros: nobody knows."""
+        return self._meter.step
+
     def step_s(self, entry: Entry, now: float) -> float:
         """How long a step may take for `entry` to end in time. Infinite: as long as it likes."""
         deadline = entry.request.deadline

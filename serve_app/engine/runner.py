@@ -56,6 +56,8 @@ class Runner(Protocol):
 
     shape: Shape
     most_rows: int
+    steps_some: bool
+    """Whether `step` can leave documents out."""
 
     @property
     def entries(self) -> list[Entry]:
@@ -79,8 +81,8 @@ class Runner(Protocol):
     def leave(self, entries: Sequence[Entry]) -> None:
         """Free the slots of documents."""
 
-    def step(self) -> list[Advance]:
-        """One decode step for all documents, in the order of `entries`.
+    def step(self, only: Sequence[Entry] | None = None) -> list[Advance]:
+        """One decode step for all documents, or, where `steps_some`, for these of `entries`.
 
         Those that were done before another's error are given, and the error is raised next time.
         """

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from serve_app.engine.pace import Pace
 from serve_app.engine.queue import Entry, FairQueue
+from serve_app.engine.shares import TimeShares
 
 _RECENT_S = 10.0
 _PART = 2  # with others there, a share may have one in so many rows, and of what is encoded
@@ -22,11 +23,14 @@ class Turns:
     Args:
         rows: of the batch.
         tokens: most padded tokens encoded between two steps.
+        time: what shares have had, where that counts: who has had as much as another that is there
+            gets nothing encoded, and whose turn it is, one document.
     """
 
-    def __init__(self, rows: int, tokens: int) -> None:
+    def __init__(self, rows: int, tokens: int, time: TimeShares | None = None) -> None:
         self._rows = rows
         self._tokens = tokens
+        self._time = time
         self._seen: deque[tuple[str, float]] = deque(maxlen=2)  # two shares, the last one last
 
     def pull(
@@ -57,7 +61,7 @@ class Turns:
             part = _PART if self._others(share, now) else 1
             crowded = used[share] and (used[share] + beams) * part > self._rows
             costly = pulled_of[share] and padded * (pulled_of[share] + 1) * part > self._tokens
-            if crowded or costly:
+            if crowded or costly or self._ahead(share, used, pulled_of):
                 held.add(share)
                 continue
             step_s = pace.step_s(entry, now)
@@ -79,6 +83,15 @@ class Turns:
         if self._seen and self._seen[-1][0] == share:
             self._seen.pop()
         self._seen.append((share, now))
+
+    def _ahead(self, share: str, used: Counter[str], pulled: Counter[str]) -> bool:
+        """Whether a share must let the others that are there catch up."""
+        if self._time is None:
+            return False
+        others = [other for other, rows in used.items() if rows and other != share]
+        if not others:
+            return False
+        return pulled[share] > 0 or not self._time.first(share, others)
 
     def _others(self, share: str, now: float) -> bool:
         """Whether another share has been there lately."""

@@ -55,13 +55,13 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def step(self) -> Any:
+    def step(self, only: Any = None) -> Any:
         for entry in self._runner.entries:
             ids = ",".join(map(str, entry.request.input_ids))
             for name, mark in self._marks.items():
                 if ids.startswith(mark) and self._takes_effect(name):
                     self._break(name)
-        return self._runner.step()
+        return self._runner.step(only)
 
     def leave(self, entries: Any) -> None:
         if getattr(self, "_scheduler", False):

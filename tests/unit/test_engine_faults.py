@@ -74,11 +74,11 @@ class FaultyRunner:
         if not self.leaks:
             self._runner.leave(entries)
 
-    def step(self) -> list[Advance]:
+    def step(self, only: Sequence[Entry] | None = None) -> list[Advance]:
         self.gate.wait(timeout=60)
         self.most_seen = max(self.most_seen, len(self._runner.entries))
         self.on_step(self._runner.entries)
-        return self._runner.step()
+        return self._runner.step(only)
 
 
 class Seen(list[Any]):

@@ -33,6 +33,8 @@ class _Rows(ctypes.Structure):
 class CpuRunner:
     """See `serve_app.engine.runner.Runner`."""
 
+    steps_some = True
+
     def __init__(self, checkpoint: Checkpoint, plan: Plan, kernels: ctypes.PyDLL) -> None:
         self._kernels = kernels
         self.shape = read_shape(checkpoint.config)
@@ -48,9 +50,8 @@ class CpuRunner:
         self._speculation = Speculation() if plan.speculation else None
         self.entries: list[Entry] = []
         self._slots: list[int] = []
-        self._rows = StepRows(0, 0)
+        self._laid: dict[tuple[int, ...], _Laid] = {}  # by slots
         self._run = ctypes.c_int32()
-        self._changed = True  # who is in the batch, since the last step
 
     @property
     def rows(self) -> int:
@@ -81,7 +82,7 @@ class CpuRunner:
             raise
         self.entries.extend(entries)
         self._slots.extend(slots)
-        self._changed = True
+        self._laid.clear()
 
     def leave(self, entries: Sequence[Entry]) -> None:
         """See `Runner.leave`."""
@@ -89,26 +90,27 @@ class CpuRunner:
             index = self.entries.index(entry)
             self._state.release(self._slots[index])
             del self.entries[index], self._slots[index]
-        self._changed = True
+        self._laid.clear()
         # Always on: a leaked slot would starve the service without a word.
         self._state.check(self._slots)
 
-    def step(self) -> list[Advance]:
+    def step(self, only: Sequence[Entry] | None = None) -> list[Advance]:
         """See `Runner.step`."""
-        rows, state = self._lay_out(), self._state
+        laid, state = self._lay_out(only), self._state
+        rows = laid.rows
         began = time.perf_counter()
-        drafts = self._draft()
+        drafts = self._draft(laid)
         search = ctypes.addressof(state.search)
         rows.count = self._kernels.t5_begin(
-            search, ctypes.addressof(self._pointers), rows.documents, rows.slots.data_ptr(),
-            self._drafts.data_ptr(), self._drafted.data_ptr(), MOST_DRAFTS,
+            search, ctypes.addressof(laid.pointers), rows.documents, rows.slots.data_ptr(),
+            laid.drafts.data_ptr(), laid.drafted.data_ptr(), MOST_DRAFTS,
         )  # fmt: skip
         logits = self._model.decode(rows, state)
         made = torch.empty(rows.documents, dtype=torch.int32)
         done = torch.empty(rows.documents, dtype=torch.uint8)
         chosen = torch.empty(rows.count, dtype=torch.int32)
         self._kernels.t5_choose(
-            search, ctypes.addressof(self._pointers), rows.documents, rows.slots.data_ptr(),
+            search, ctypes.addressof(laid.pointers), rows.documents, rows.slots.data_ptr(),
             rows.count, logits.data_ptr(), chosen.data_ptr(), made.data_ptr(), done.data_ptr(),
         )  # fmt: skip
         advances = []
@@ -119,7 +121,7 @@ class CpuRunner:
                 first = int(chosen[rows.firsts[draft.document]])
                 self._speculation.learn(draft, made_by[draft.document], first)
         documents = zip(
-            self.entries, self._slots, made_by, done_by, self._drafted.tolist(), strict=True
+            laid.entries, laid.slots, made_by, done_by, laid.drafted.tolist(), strict=True
         )
         for entry, slot, count, over, drafted in documents:
             settings = entry.request.settings
@@ -130,17 +132,19 @@ class CpuRunner:
             advances.append(Advance(entry, count, new, output, drafted))
         return advances
 
-    def _draft(self) -> list[Draft]:
+    def _draft(self, laid: _Laid) -> list[Draft]:
         """Look up what greedy documents may say next, and decide how much of it to try."""
-        self._drafted.zero_()
+        laid.drafted.zero_()
         if self._speculation is None:
             return []
         found: list[Draft] = []
-        for index, (entry, slot) in enumerate(zip(self.entries, self._slots, strict=True)):
+        rows = 0
+        for index, (entry, slot) in enumerate(zip(laid.entries, laid.slots, strict=True)):
+            rows += entry.request.settings.num_beams
             room = self._state.room(slot) - 1
             if entry.request.settings.num_beams > 1 or room < 1:
                 continue
-            tokens, to = self._state.tokens(slot), self._drafts[index]
+            tokens, to = self._state.tokens(slot), laid.drafts[index]
             count = self._kernels.t5_propose(
                 self._state.sources[slot].ctypes.data, entry.tokens, tokens.ctypes.data,
                 len(tokens), LONGEST_RUN, min(MOST_DRAFTS, room), to.data_ptr(),
@@ -148,31 +152,43 @@ class CpuRunner:
             )  # fmt: skip
             if count:
                 found.append(Draft(index, self._run.value, count, int(to[0])))
-        self._speculation.decide(found, self.rows, _DRAFT_ROWS)
+        self._speculation.decide(found, rows, _DRAFT_ROWS)
         for draft in found:
-            self._drafted[draft.document] = draft.tried
+            laid.drafted[draft.document] = draft.tried
         return found
 
-    def _lay_out(self) -> StepRows:
+    def _lay_out(self, only: Sequence[Entry] | None) -> _Laid:
         """The step's documents; built anew only after somebody came or left."""
-        if not self._changed:
-            return self._rows
-        documents = len(self._slots)
-        rows = StepRows(self.rows + _DRAFT_ROWS, documents)
-        rows.documents = documents
-        rows.slots.copy_(torch.tensor(self._slots, dtype=torch.int32))
-        rows.sources.copy_(torch.tensor([e.tokens for e in self.entries], dtype=torch.int32))
-        self._rows, self._changed = rows, False
-        self._drafts = torch.zeros(documents, MOST_DRAFTS, dtype=torch.int32)
-        self._drafted = torch.zeros(documents, dtype=torch.int32)
-        self._pointers = _Rows(
-            tokens=rows.tokens.data_ptr(), lanes=rows.lanes.data_ptr(),
-            positions=rows.positions.data_ptr(), firsts=rows.firsts.data_ptr(),
-            counts=rows.counts.data_ptr(),
-        )  # fmt: skip
+        entries, slots = self.entries, self._slots
+        if only is not None:
+            slot_of = dict(zip(map(id, entries), slots, strict=True))
+            entries, slots = list(only), [slot_of[id(entry)] for entry in only]
+        laid = self._laid.get(tuple(slots))
+        if laid is None:
+            laid = self._laid[tuple(slots)] = _Laid(entries, slots)
         if self._state.self_caches[0].distances < self._state.steps_room:
             self._state.set_bias(self._model.distance_bias(self._state.steps_room))
-        return rows
+        return laid
+
+
+class _Laid:
+    """Documents of a step, and what the kernels are told of them."""
+
+    def __init__(self, entries: Sequence[Entry], slots: Sequence[int]) -> None:
+        self.entries, self.slots = list(entries), list(slots)
+        documents = len(slots)
+        beams = sum(entry.request.settings.num_beams for entry in entries)
+        self.rows = StepRows(beams + _DRAFT_ROWS, documents)
+        self.rows.documents = documents
+        self.rows.slots.copy_(torch.tensor(self.slots, dtype=torch.int32))
+        self.rows.sources.copy_(torch.tensor([e.tokens for e in entries], dtype=torch.int32))
+        self.drafts = torch.zeros(documents, MOST_DRAFTS, dtype=torch.int32)
+        self.drafted = torch.zeros(documents, dtype=torch.int32)
+        self.pointers = _Rows(
+            tokens=self.rows.tokens.data_ptr(), lanes=self.rows.lanes.data_ptr(),
+            positions=self.rows.positions.data_ptr(), firsts=self.rows.firsts.data_ptr(),
+            counts=self.rows.counts.data_ptr(),
+        )  # fmt: skip
 
 
 def _together(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
