@@ -21,8 +21,8 @@ _HOLD_S = 0.1
 _FORGET_S = 1.0  # after a refusal, in which there was no other
 _MOST = 256  # kinds of calls remembered, before old ones are looked for
 _RATE_S = 2.0  # over which answers are counted
-_MORE = 1.25  # than were answered: so it finds out where it has become faster
-_LEAST_RATE = 10.0  # calls a second that it is asked at all events
+_MORE = 1.5  # than were answered: so it finds out where it has become faster
+_LEAST_RATE = 20.0  # calls a second that it is asked at all events
 
 _Kind = tuple[str, GenerationSettings]
 

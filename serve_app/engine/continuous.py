@@ -111,8 +111,8 @@ class ContinuousEngine(EngineThread):
         rows = _by_share(entries)
         if len(rows) == 1:
             return entries
-        shares = self._time.stepping(rows, self._pace.step)
-        return [entry for entry in entries if entry.request.share in shares]
+        ahead = {share for share in rows if self._time.ahead(share, rows, self._pace.step)}
+        return [entry for entry in entries if entry.request.share not in ahead]
 
     def _drop_dead(self, now: float) -> None:
         """Free the slots of requests nobody waits for any more."""
@@ -138,7 +138,7 @@ class ContinuousEngine(EngineThread):
             if entry.encoded:
                 encoded[entry.request.share] += entry.tokens
         if self._time is not None:
-            self._time.running(_by_share(self._runner.entries))
+            self._time.join(_by_share(self._runner.entries))
             self._time.encoded(encoded, time.monotonic() - now)
         return encoded.total()
 

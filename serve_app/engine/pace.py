@@ -25,7 +25,11 @@ _STALE_S = 5.0  # without a step, after which nothing measured says anything of 
 _BAD_TIME_S = 20.0
 # Who is expected later than at this part of its time is refused: half of those expected just in
 # time would be late, after they have cost all that they cost.
-_MARGIN = 0.9
+_MARGIN = 0.75
+# A batch is only so full that those in it need no more than this part of their time. The few rows
+# less cost little. Below the other part by as much as may be waited for: who has waited long would
+# keep the batch at few rows, and so the others waiting.
+_FULL = 0.7
 
 
 class Pace:
@@ -60,7 +64,7 @@ class Pace:
         if deadline is None or not self._known(now):
             return math.inf
         # While some are encoded, there are no steps.
-        left = _MARGIN * (deadline - now) * (1 - self._meter.encoding)
+        left = _FULL * (deadline - now) * (1 - self._meter.encoding)
         return left / self._steps(entry)
 
     def rows(self, steps_s: Iterable[float], used: int) -> int:
@@ -89,7 +93,10 @@ class Pace:
     ) -> float | None:
         """Seconds until the last token of `entry`, if those `ahead` of it all come first.
 
-        Rows are taken in order, each by whoever is next when it becomes free.
+        Rows are taken in order, each by whoever is next when it becomes free. Once it has begun,
+        `entry` is taken to run in a batch as full as its own time allows: to let in who would be in
+        time only in a batch of few rows, after a long wait, keeps the batch at few rows, and the
+        wait long.
 
         Returns:
             None: it begins at once, or nobody knows.
@@ -104,17 +111,17 @@ class Pace:
         free_at = [self._steps(one) for one in running for _ in range(_rows(one))]
         free_at += [0.0] * (most - used)
         heapq.heapify(free_at)
-        steps = 0.0
+        begins = 0.0
         for one in waiting:
             taken = min(_rows(one), len(free_at))
             begins = [heapq.heappop(free_at) for _ in range(taken)][-1]
-            steps = begins + self._steps(one)
             for _ in range(taken):
-                heapq.heappush(free_at, steps)
-        # All that is encoded meanwhile is encoded between two steps.
+                heapq.heappush(free_at, begins + self._steps(one))
         fixed_s, more_s = self._meter.step
-        tokens = sum(one.tokens for one in waiting)
-        seconds = steps * (fixed_s + most * more_s) + tokens * self._meter.token_s
+        full = self.rows([self.step_s(entry, now)], used)
+        stepping_s = begins * (fixed_s + most * more_s)
+        stepping_s += self._steps(entry) * (fixed_s + full * more_s)
+        seconds = stepping_s / (1 - self._meter.encoding)
         return min(seconds, _BAD_TIME_S + seconds * self._meter.computing)
 
     def late_s(

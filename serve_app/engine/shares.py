@@ -11,39 +11,41 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+_MOST = 1_024  # shares that have left and are remembered; with more, all of them are forgotten
+
 
 class TimeShares:
-    """Seconds that each share has had. Those that have left the batch are forgotten."""
+    """Seconds that each share has had, on a clock that is that of the share furthest behind."""
 
     def __init__(self) -> None:
         self._had: dict[str, float] = {}
+        self._now = 0.0
 
-    def running(self, shares: Collection[str]) -> None:
-        """Whose documents are in the batch now. A new share begins where the least is."""
-        least = min((had for share, had in self._had.items() if share in shares), default=0.0)
-        self._had = {share: self._had.get(share, least) for share in shares}
+    def join(self, shares: Collection[str]) -> None:
+        """These have documents in the batch now.
 
-    def first(self, share: str, others: Collection[str]) -> bool:
-        """Whether a share has had less than each of the others, the new ones among them."""
-        had = self._had.get(share)
-        if had is None or not others:
-            return True
-        least = min(self._had.values())
-        return all(had < self._had.get(other, least) for other in others)
+        A share that is new, or comes again, begins where the others were before the last unit of
+        work: what that took, it had to wait.
+        """
+        for share in shares:
+            self._had[share] = self._level(share)
+        if shares:
+            self._now = min(self._had[share] for share in shares)
+        if len(self._had) > len(shares) + _MOST:
+            self._had = {share: self._had[share] for share in shares}
 
-    def stepping(self, rows: Mapping[str, int], step: tuple[float, float]) -> set[str]:
-        """The shares whose documents take the next step.
+    def ahead(self, share: str, rows: Mapping[str, int], step: tuple[float, float]) -> bool:
+        """Whether a share has had more than the last of those there, by more than a step of all.
 
-        All that are not ahead of the last by more than one step of everybody: who is a little
-        ahead costs the others less in their step than in one of its own.
+        By less, to wait for the others would cost it more than it costs them that it does not.
 
         Args:
-            rows: of each share.
+            rows: of each share that is there.
             step: seconds of any step, and more of them for each row.
         """
         fixed_s, more_s = step
-        most = min(self._had[share] for share in rows) + fixed_s + more_s * sum(rows.values())
-        return {share for share in rows if self._had[share] <= most}
+        least = min(map(self._level, rows), default=self._now)
+        return self._level(share) > least + fixed_s + more_s * sum(rows.values())
 
     def stepped(self, rows: Mapping[str, int], step: tuple[float, float], seconds: float) -> None:
         """A step was made for so many rows of each share."""
@@ -58,8 +60,11 @@ class TimeShares:
         """So many tokens of each share were encoded."""
         self._charge(tokens, seconds)
 
+    def _level(self, share: str) -> float:
+        return max(self._had.get(share, 0.0), self._now)
+
     def _charge(self, parts: Mapping[str, float], seconds: float) -> None:
         whole = sum(parts.values())
         for share, part in parts.items():
-            if share in self._had and whole:
+            if whole:
                 self._had[share] += seconds * part / whole

@@ -23,8 +23,8 @@ class Turns:
     Args:
         rows: of the batch.
         tokens: most padded tokens encoded between two steps.
-        time: what shares have had, where that counts: who has had as much as another that is there
-            gets nothing encoded, and whose turn it is, one document.
+        time: what shares have had, where that counts: who is ahead of another that is there gets
+            nothing encoded, and the others one document each between two steps.
     """
 
     def __init__(self, rows: int, tokens: int, time: TimeShares | None = None) -> None:
@@ -61,7 +61,7 @@ class Turns:
             part = _PART if self._others(share, now) else 1
             crowded = used[share] and (used[share] + beams) * part > self._rows
             costly = pulled_of[share] and padded * (pulled_of[share] + 1) * part > self._tokens
-            if crowded or costly or self._ahead(share, used, pulled_of):
+            if crowded or costly or self._ahead(share, used, pulled_of, pace, now):
                 held.add(share)
                 continue
             step_s = pace.step_s(entry, now)
@@ -84,14 +84,16 @@ class Turns:
             self._seen.pop()
         self._seen.append((share, now))
 
-    def _ahead(self, share: str, used: Counter[str], pulled: Counter[str]) -> bool:
-        """Whether a share must let the others that are there catch up."""
-        if self._time is None:
+    def _ahead(
+        self, share: str, used: Counter[str], pulled: Counter[str], pace: Pace, now: float
+    ) -> bool:
+        """Whether a share must let the others catch up, or whoever of them comes next."""
+        if self._time is None or not used[share]:
             return False
-        others = [other for other, rows in used.items() if rows and other != share]
-        if not others:
-            return False
-        return pulled[share] > 0 or not self._time.first(share, others)
+        there = {one: rows for one, rows in used.items() if rows}
+        if pulled[share] and (len(there) > 1 or self._others(share, now)):
+            return True
+        return len(there) > 1 and self._time.ahead(share, there, pace.step)
 
     def _others(self, share: str, now: float) -> bool:
         """Whether another share has been there lately."""

@@ -138,7 +138,7 @@ def test_a_storm_of_those_who_come_back_when_told_ends() -> None:
     left, rounds = 20, 0
     while left and rounds < 10:
         warm = poisson(0.5 * CAPACITY, 10)
-        storm = [Arrival(10.0, deadline_s=1.5) for _ in range(left)]
+        storm = [Arrival(10.0) for _ in range(left)]
         outcomes = simulated(warm + storm)
         left -= sum(one.kind == "done" for one in outcomes if one.arrival.at == 10.0)
         rounds += 1

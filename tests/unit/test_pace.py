@@ -50,30 +50,38 @@ def paced(slots: int = 4, step_s: float = 0.01, computing: float = 1.0) -> Pace:
 
 def test_rows_are_taken_as_they_become_free() -> None:
     # Rows are free after 2, 4, 10 and 10 steps. Those ahead take them at 2 and 4 and leave at 12
-    # and 14; the third begins at 10, as the last one does, which ends with 20 steps. 10 ms each,
-    # and 4 times 5 tokens.
+    # and 14; the third begins at 10, as the last one does, which ends with 20 steps of 10 ms. A
+    # third of the time is for steps.
     running = [entry(made=8), entry(made=6), entry(), entry()]
     ahead = [entry(), entry(), entry()]
     expected = paced().expected_s(entry(), running, ahead, now=1.0)
-    assert expected == pytest.approx(20 * 0.01 + 20 * 0.001)
+    assert expected == pytest.approx(20 * 0.01 * 3)
 
 
 def test_beams_wait_for_as_many_rows_and_lengths_are_kept_to() -> None:
     running = [entry(made=8), entry(made=6), entry(), entry()]
     # Three rows are free after 10 steps; 3 steps at most.
     short = entry(num_beams=3, max_new_tokens=3)
-    assert paced().expected_s(short, running, [], now=1.0) == pytest.approx(13 * 0.01 + 0.005)
+    assert paced().expected_s(short, running, [], now=1.0) == pytest.approx(13 * 0.01 * 3)
     # One after 2; 30 steps at least.
     long = entry(min_new_tokens=30)
-    assert paced().expected_s(long, running, [], now=1.0) == pytest.approx(32 * 0.01 + 0.005)
+    assert paced().expected_s(long, running, [], now=1.0) == pytest.approx(32 * 0.01 * 3)
 
 
-def test_who_is_expected_after_nine_tenths_of_its_time_is_late() -> None:
-    running = [entry()] * 4  # 10 steps, and 10 of its own: 0.205 s
-    late = paced().late_s(entry(1.0 + 0.2), running, [], now=1.0)
-    assert late == pytest.approx(0.205 - 0.18)
-    assert paced().late_s(entry(1.0 + 0.24), running, [], now=1.0) is None
+def test_who_is_expected_after_three_quarters_of_its_time_is_late() -> None:
+    running = [entry()] * 4  # 10 steps, and 10 of its own: 0.6 s
+    late = paced().late_s(entry(1.0 + 0.7), running, [], now=1.0)
+    assert late == pytest.approx(0.6 - 0.525)
+    assert paced().late_s(entry(1.0 + 0.81), running, [], now=1.0) is None
     assert paced().late_s(entry(None), running, [entry()] * 100, now=1.0) is None
+
+
+def test_who_would_be_in_time_in_a_batch_of_few_rows_only_is_not_let_in_to_wait() -> None:
+    # One row is used, and kept alone by its deadline. Behind two others there would be time for
+    # 10 steps of one row, after 30; not for 10 of the four rows that its own time allows.
+    alone, last = entry(1.0 + 0.15), entry(1.0 + 1.5)
+    expected = paced().expected_s(last, [alone], [entry(), entry()], now=1.0)
+    assert expected == pytest.approx((30 * 0.0025 + 10 * 0.01) * 3)
 
 
 def test_who_begins_at_once_is_never_late() -> None:
@@ -85,19 +93,20 @@ def test_who_begins_at_once_is_never_late() -> None:
 
 
 def test_a_batch_is_no_fuller_than_lets_those_in_it_end_in_time() -> None:
-    # A row takes 2.5 ms of a step, and two thirds of the time are for encoding. Of 0.2 s 0.18 are
-    # counted on, 0.06 of them for 10 steps.
+    # A row takes 2.5 ms of a step, and two thirds of the time are for encoding. Of 0.3 s 0.21 are
+    # counted on, 0.07 of them for 10 steps.
     pace = paced()
-    step_s = pace.step_s(entry(1.0 + 0.2), now=1.0)
-    assert step_s == pytest.approx(0.006)
+    step_s = pace.step_s(entry(1.0 + 0.3), now=1.0)
+    assert step_s == pytest.approx(0.007)
     assert pace.rows([step_s], used=0) == pace.rows([step_s, 1.0], used=2) == 2
     # With three in it, it is late anyway.
     assert pace.rows([step_s], used=3) == 4
     assert pace.rows([pace.step_s(entry(None), now=1.0)], used=0) == 4
     # Two rows that one with time for two steps of two rows uses: who comes third waits for one.
-    running = [entry(1.0 + 0.2), entry(1.0 + 0.2)]
+    # It then has time for steps of all four.
+    running = [entry(1.0 + 0.3), entry(1.0 + 0.3)]
     expected = pace.expected_s(entry(100.0), running, [], now=1.0)
-    assert expected == pytest.approx(20 * 0.005 + 0.005)
+    assert expected == pytest.approx((10 * 0.005 + 10 * 0.01) * 3)
     assert pace.expected_s(entry(100.0), running[:1], [], now=1.0) is None
 
 

@@ -14,19 +14,21 @@ FIXED_S, ROW_S = 0.001, 0.0005
 def spent(
     rows: dict[str, int], seconds: float, encoding_s: dict[str, float]
 ) -> tuple[Counter[str], Counter[str]]:
-    """What each share's rows took of so much time, and how many steps; `encoding_s` each turn."""
+    """What each share's rows took of so much time, and how many steps.
+
+    `encoding_s`: of a document of the share, one each 10 steps.
+    """
     time, step = TimeShares(), (FIXED_S, ROW_S)
-    time.running(rows)
-    took, steps, now = Counter[str](), Counter[str](), 0.0
+    took, steps, encoded, now = Counter[str](), Counter[str](), Counter[str](), 0.0
     while now < seconds:
+        time.join(rows)
         for share, cost in encoding_s.items():
-            others = [other for other in rows if other != share]
-            if time.first(share, others):
+            if steps[share] >= 10 * encoded[share] and not time.ahead(share, rows, step):
+                encoded[share] += 1
                 time.encoded({share: 100}, cost)
                 now += cost
                 took[share] += cost
-        shares = time.stepping(rows, step)
-        stepped = {share: rows[share] for share in shares}
+        stepped = {share: n for share, n in rows.items() if not time.ahead(share, rows, step)}
         cost = FIXED_S + ROW_S * sum(stepped.values())
         time.stepped(stepped, step, cost)
         now += cost
@@ -58,34 +60,45 @@ def test_equal_shares_step_together() -> None:
     assert steps["a"] == pytest.approx(1 / (FIXED_S + 12 * ROW_S), rel=0.02)
 
 
-def test_who_comes_later_owes_nothing_and_is_owed_nothing() -> None:
+def beside(time: TimeShares) -> set[str]:
+    """Who of a light and a heavy share takes the next step."""
+    rows = {"heavy": 8, "light": 1}
+    return {share for share in rows if not time.ahead(share, rows, (FIXED_S, ROW_S))}
+
+
+def test_who_comes_later_is_owed_what_it_had_to_wait_for_and_no_more() -> None:
     time = TimeShares()
-    time.running(["heavy"])
-    time.stepped({"heavy": 8}, (0.0, 0.0), 100.0)
-    time.running(["heavy", "late"])
-    assert time.stepping({"heavy": 8, "late": 1}, (FIXED_S, ROW_S)) == {"heavy", "late"}
-    time.stepped({"heavy": 8, "late": 1}, (FIXED_S, ROW_S), 0.1)
-    assert time.stepping({"heavy": 8, "late": 1}, (FIXED_S, ROW_S)) == {"late"}
+    for _ in range(1_000):
+        time.join(["heavy"])
+        time.encoded({"heavy": 1}, 0.1)
+    time.join(["heavy", "light"])
+    assert beside(time) == {"light"}
+    time.encoded({"light": 1}, 0.09)
+    assert beside(time) == {"light"}
+    time.encoded({"light": 1}, 0.006)  # less than a step of all of them is left
+    assert beside(time) == {"heavy", "light"}
+    time.encoded({"light": 1}, 0.012)
+    assert beside(time) == {"heavy"}
 
 
-def test_nothing_is_held_against_a_share_that_had_left() -> None:
+def test_who_has_left_and_comes_again_is_as_far_ahead_as_before() -> None:
     time = TimeShares()
-    time.running(["heavy", "light"])
-    time.stepped({"heavy": 8}, (0.0, 0.0), 1.0)
-    time.running(["light"])
-    time.running(["heavy", "light"])
-    assert time.stepping({"heavy": 8, "light": 1}, (FIXED_S, ROW_S)) == {"heavy", "light"}
+    time.join(["heavy", "light"])
+    time.encoded({"heavy": 1}, 1.0)
+    time.join(["light"])
+    time.join(["heavy", "light"])
+    assert beside(time) == {"light"}
+    # Unless the others have had as much meanwhile.
+    time.join(["light"])
+    time.encoded({"light": 1}, 2.0)
+    time.join(["light"])
+    time.join(["heavy", "light"])
+    assert beside(time) == {"heavy", "light"}
 
 
-def test_encoding_goes_first_to_who_has_had_least() -> None:
+def test_those_who_have_left_are_forgotten_in_the_end() -> None:
     time = TimeShares()
-    time.running(["a", "b"])
-    # As much as another is not less: who would be next waits for whoever is there.
-    assert not time.first("a", ["b"])
-    time.stepped({"b": 1}, (0.0, 0.0), 1.0)
-    assert time.first("a", ["b"])
-    assert not time.first("b", ["a"])
-    assert time.first("b", [])
-    assert time.first("new", ["a", "b"])
-    # Beside one that has just come, and so begins where the least is.
-    assert not time.first("a", ["new"])
+    for number in range(10_000):
+        time.join(["stays", f"{number}"])
+        time.encoded({"stays": 1, f"{number}": 1}, 0.1)
+    assert len(time._had) <= 1_100

@@ -5,6 +5,7 @@ from __future__ import annotations
 from serve_app.engine.pace import Pace
 from serve_app.engine.protocol import EngineRequest, GenerationSettings
 from serve_app.engine.queue import Entry, FairQueue
+from serve_app.engine.shares import TimeShares
 from serve_app.engine.turns import Turns
 from serve_app.engine.work import Tally
 
@@ -12,10 +13,10 @@ from serve_app.engine.work import Tally
 class Batch:
     """A queue and a batch that `Turns` fills."""
 
-    def __init__(self, rows: int, tokens: int = 10_000) -> None:
+    def __init__(self, rows: int, tokens: int = 10_000, time: TimeShares | None = None) -> None:
         self.queue = FairQueue()
         self.running: list[Entry] = []
-        self.turns = Turns(rows, tokens)
+        self.turns = Turns(rows, tokens, time)
         self.pace = Pace(rows)
         self._numbers = iter(range(1_000))
 
@@ -109,8 +110,8 @@ def test_what_is_encoded_at_once_is_bound_for_all_and_for_a_share_beside_others(
 
 def test_rows_stay_free_where_one_more_would_make_the_others_late() -> None:
     batch = measured(rows=8)
-    # 9 tenths of 0.05 s for 10 steps: 4.5 ms each, those of 3 rows.
-    batch.wait("a", 8, deadline=0.05)
+    # 7 tenths of 0.06 s for 10 steps: 4.2 ms each, those of 3 rows.
+    batch.wait("a", 8, deadline=0.06)
     assert batch.pull(now=0.0) == "aaa"
     assert batch.pull(now=0.0) == ""
     batch.leave("a", 1)
@@ -141,3 +142,23 @@ def test_who_needs_many_rows_is_not_passed_by_for_ever() -> None:
     assert batch.pull() == ""  # two rows are free, which c could use; b is first
     batch.leave("a", 2)
     assert batch.pull() == "b"
+
+
+def test_where_time_counts_shares_get_one_document_each_between_two_steps() -> None:
+    time = TimeShares()
+    batch = Batch(rows=16, time=time)
+    batch.wait("a", 20)
+    assert batch.pull() == "a" * 16  # alone
+    batch.leave("a", 16)
+    for share in "bcd":
+        batch.wait(share, 5)
+    assert sorted(batch.pull()) == list("abcd")
+    assert sorted(batch.pull()) == list("abcd")
+    # Whoever is ahead of another that is there waits; nobody waits for those that are not.
+    time.join("abcd")
+    time.encoded({"a": 1, "b": 1}, 1.0)
+    assert sorted(batch.pull()) == list("cd")
+    batch.leave("c", 3)
+    batch.leave("d", 3)
+    batch.queue.take(lambda entry: entry.request.share in "cd")
+    assert sorted(batch.pull()) == list("ab")
