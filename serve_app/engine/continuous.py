@@ -24,6 +24,7 @@ from serve_app.engine.thread import EngineThread, broken, failure
 
 logger = logging.getLogger(__name__)
 
+_MOST_HELD = 16  # steps for which waiting documents are held back while few rows are free
 _RECOVERY_STEPS = 256  # without running out of memory, after which twice as many rows are tried
 
 
@@ -53,7 +54,7 @@ class ContinuousEngine(EngineThread):
         self._runner = self._make_runner(self._checkpoint, plan)
         self._undrained_s = 0.0
         self._slots = self._rows_allowed = self._runner.most_rows
-        self._good_steps = self._preempted = 0
+        self._good_steps = self._preempted = self._held = 0
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -114,6 +115,8 @@ class ContinuousEngine(EngineThread):
     def _pull(self) -> list[Entry]:
         """Take from the queue, in turn, what fits into free rows and the encoder's budget."""
         pulled: list[Entry] = []
+        if self._hold():
+            return pulled
         rows = self._runner.rows
         longest = 0
         while len(self._waiting):
@@ -127,6 +130,17 @@ class ContinuousEngine(EngineThread):
                 break
             pulled.append(self._waiting.pop())
         return pulled
+
+    def _hold(self) -> bool:
+        """Whether to wait for more rows to become free.
+
+        Only where more documents wait than have room, so that somebody waits in any case, and not
+        for long: long documents side by side may leave none free for a while.
+        """
+        free = self._rows_allowed - self._runner.rows
+        few = 0 < free < min(self._runner.share * self._rows_allowed, len(self._waiting))
+        self._held = self._held + 1 if few and self._held < _MOST_HELD else 0
+        return self._held > 0 and len(self._runner.entries) > 0
 
     def _encode(self, batch: list[Entry]) -> None:
         """Encode documents and give them slots. Those that cannot be encoded fail alone."""

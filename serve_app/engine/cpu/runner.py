@@ -33,6 +33,8 @@ class _Rows(ctypes.Structure):
 class CpuRunner:
     """See `serve_app.engine.runner.Runner`."""
 
+    share = 0.0
+
     def __init__(self, checkpoint: Checkpoint, plan: Plan, kernels: ctypes.PyDLL) -> None:
         self._kernels = kernels
         self.shape = read_shape(checkpoint.config)
