@@ -62,12 +62,15 @@ def logits(
     told: Sequence[list[int]],
     *,
     graphs: bool = False,
+    kernels: bool = True,
     **options: Any,
 ) -> list[Tensor]:
     """Logits of a runner that is told what to choose, for each input (tokens, vocabulary)."""
     steps = max(map(len, told))
     plan = Plan(rows=len(inputs), steps=steps, source=512, rounded=True, **options)
     runner = TorchRunner(checkpoint, plan)
+    if not kernels:
+        runner._attention = None
     settings = GenerationSettings(max_new_tokens=steps)
     entries = [Entry(EngineRequest(f"{i}", ids, settings), 0.0) for i, ids in enumerate(inputs)]
     runner.admit(entries)
@@ -274,6 +277,20 @@ async def test_graphs_say_what_single_launches_say(
             found.append(await outputs(client, inputs, asked))
     if dtype == "float32":  # otherwise who shares an encoder's batch decides how it rounds
         assert found[0] == found[1]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_kernels_say_what_torch_says(calm: Checkpoint, dtype: str) -> None:
+    """In bfloat16 torch rounds scores and weights, and the kernels do not."""
+    inputs = random_inputs(24, 400, 4)
+    told = [ids[:30] for ids in random_inputs(24, 80, 5)]
+    options = {"device": "cuda", "dtype": dtype}
+    kernels, torchs = (
+        torch.cat(logits(calm, inputs, told, kernels=one, **options)) for one in (True, False)
+    )
+    error = float((kernels - torchs).norm() / torchs.norm())
+    assert error < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
 
 
 # Memory

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from serve_app.engine.weights import Attention, FeedForward, Shape, WeightSource, buckets
 
-# Given queries of the rows' newest token, (rows, heads * head width), and its keys and values,
-# (rows, 2 * heads * head width), a decoder's attention returns what the rows attended to, (rows,
-# heads * head width).
-SelfAttend = Callable[[int, Tensor, Tensor], Tensor]
+# Given queries of the rows' newest token, (rows, heads * head width), and for self-attention its
+# keys and values behind them, a decoder's attention returns what the rows attended to, (rows, heads
+# * head width).
+SelfAttend = Callable[[int, Tensor], Tensor]
 CrossAttend = Callable[[int, Tensor], Tensor]
 
 # The score of a key that must not be seen. Not the dtype's lowest number: kernels multiply scores,
@@ -102,7 +102,7 @@ class T5:
         """What the weights are held in."""
         return self._embedding.dtype
 
-    def encode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Run the encoder and project its output for the decoder.
 
         Args:
@@ -110,8 +110,7 @@ class T5:
             mask: (documents, source), bool, true for real tokens.
 
         Returns:
-            Cross-attention keys, (layers, documents, heads, head width, source), and values,
-            (layers, documents, heads, source, head width).
+            Cross-attention keys and values, (layers, 2, documents, heads, source, head width).
         """
         shape = self.shape
         documents, source = ids.shape
@@ -132,7 +131,7 @@ class T5:
         cross = functional.linear(hidden, self._cross_in).view(
             documents, source, shape.decoder_layers, 2, shape.heads, shape.head_width
         )
-        return cross[:, :, :, 0].permute(2, 0, 3, 4, 1), cross[:, :, :, 1].permute(2, 0, 3, 1, 4)
+        return cross.permute(2, 3, 0, 4, 1, 5)
 
     def decode(self, ids: Tensor, attend: SelfAttend, cross: CrossAttend) -> Tensor:
         """One decoder step: the newest token of each row in, logits for the next one out.
@@ -148,9 +147,8 @@ class T5:
         hidden = functional.embedding(ids, self._embedding)
         for index, (layer, part) in enumerate(zip(self._decoder, self._cross, strict=True)):
             joined = functional.linear(self._norm(hidden, layer.norm), layer.joined)
-            query, new = joined.tensor_split((joined.shape[1] // 3,), -1)
             # A residual is added by the product: of a small model's step every launch counts.
-            hidden.addmm_(attend(index, query, new), layer.out.T)
+            hidden.addmm_(attend(index, joined), layer.out.T)
             normed = self._norm(hidden, part.norm)
             hidden.addmm_(cross(index, functional.linear(normed, part.query)), part.out.T)
             hidden.addmm_(self._inner(hidden, layer), layer.inner_out.T)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.faults import let_go, out_of_memory
+from serve_app.engine.gpu import attention
 from serve_app.engine.gpu.graphs import StepGraphs, step
 from serve_app.engine.gpu.memory import plan_rows
 from serve_app.engine.gpu.model import T5
@@ -23,7 +24,6 @@ from serve_app.engine.weights import WeightSource, read_shape
 
 _SIMILAR = 0.7  # documents of one microbatch have at least this share of its longest
 _GPU_SHARE = 1 / 16  # see `Runner.share`; encoding few documents takes a GPU as long as many
-
 _ALIGNED = 16  # fused attention wants its mask's rows to begin at multiples of so many positions
 
 
@@ -61,6 +61,7 @@ class TorchRunner:
         self.most_rows = plan.rows or 64
         self._graphs: StepGraphs | None = None
         self._rounded = plan.rounded
+        self._attention: attention.StepAttention | None = None
         self._failed: Exception | None = None  # on a step of which a part had been done
         self._flights: list[_Flight] = []  # launched in advance
         self._similar, self.share = _SIMILAR, 0.0
@@ -68,6 +69,7 @@ class TorchRunner:
             free, _ = torch.cuda.mem_get_info(self._model.device)
             self.most_rows = plan_rows(self.shape, plan, free, self._model.dtype.itemsize)
             self._graphs, self._rounded = StepGraphs(self._run), True
+            self._attention = attention.load(self.shape, self._model.dtype)
             # Encoding takes as long as its launches do, whatever they are given.
             self._similar, self.share = 0.0, _GPU_SHARE
 
@@ -95,14 +97,14 @@ class TorchRunner:
         """See `Runner.admit`."""
         try:
             for batch in _microbatches(entries, self._similar):
-                keys, values = self._encode(batch)
+                encoded = self._encode(batch)
                 for beams in {entry.request.settings.num_beams for entry in batch}:
                     mine = [i for i, e in enumerate(batch) if e.request.settings.num_beams == beams]
                     alone = len(mine) == len(batch)
                     self._group(beams).admit(
                         [batch[i] for i in mine],
                         [batch[i].tokens for i in mine],
-                        (keys, values) if alone else (keys[:, mine], values[:, mine]),
+                        encoded if alone else encoded[:, :, mine],
                     )
         except Exception:
             self.leave(entries)
@@ -201,7 +203,7 @@ class TorchRunner:
         return self._groups[beams]
 
     def _new_group(self, beams: int) -> Group:
-        group = Group(self._model, beams, rounded=self._rounded)
+        group = Group(self._model, beams, rounded=self._rounded, attention=self._attention)
         if self._graphs is not None:
             # All room at once: graphs are of tensors where they lie.
             slots = max(self.most_rows // beams, 1)
@@ -214,7 +216,7 @@ class TorchRunner:
         if self._graphs is not None:
             self._graphs.forget(beams)
 
-    def _encode(self, batch: list[Entry]) -> tuple[Tensor, Tensor]:
+    def _encode(self, batch: list[Entry]) -> Tensor:
         width = -(-max(entry.tokens for entry in batch) // _ALIGNED) * _ALIGNED
         flat = array("q")
         for entry in batch:

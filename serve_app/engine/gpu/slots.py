@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from serve_app.engine.gpu.attention import StepAttention
 from serve_app.engine.gpu.model import T5, UNSEEN
 from serve_app.engine.gpu.state import State
 from serve_app.engine.queue import Entry
@@ -69,14 +70,22 @@ class Group:
         model: whose shape, device and dtype the caches have.
         beams: of each document.
         rounded: whether steps work on rounded-up views.
+        attention: the kernels, if there are.
     """
 
-    _CACHES = ("kept", "cross_keys", "cross_values")
+    _CACHES = ("kept", "crossed")
 
-    def __init__(self, model: T5, beams: int, *, rounded: bool = False) -> None:
+    def __init__(
+        self,
+        model: T5,
+        beams: int,
+        *,
+        rounded: bool = False,
+        attention: StepAttention | None = None,
+    ) -> None:
         self.beams = beams
         self.seats: list[Seat | None] = []  # by slot; the last one is taken
-        self._model, self._rounded = model, rounded
+        self._model, self._rounded, self._attention = model, rounded, attention
         shape, device, dtype = model.shape, model.device, model.dtype
         layers, heads, width = shape.decoder_layers, shape.heads, shape.head_width
 
@@ -84,10 +93,9 @@ class Group:
             return torch.zeros(size, dtype=dtype, device=device)
 
         self.state = State(0, beams, 0, device)
-        # Keys and values in one tensor, so that a step stores a layer's with one launch.
+        # Keys and values in one tensor, so that they are stored with one launch.
         self.kept = empty(layers, 2, 0, heads, 0, beams, width)
-        self.cross_keys = empty(layers, 0, heads, width, 0)
-        self.cross_values = empty(layers, 0, heads, 0, width)
+        self.crossed = empty(layers, 2, 0, heads, 0, width)
         self._index = torch.empty(0, dtype=torch.int64, device=device)  # so that leaving needs none
         self._rules: Rules | None = None
         self.moved = 0  # how often the tensors have been allocated anew
@@ -113,7 +121,7 @@ class Group:
     @property
     def _room(self) -> tuple[int, int, int]:
         """Slots, steps and source positions that the tensors hold."""
-        return len(self.state.rows), self.state.ancestry.shape[2], self.cross_values.shape[3]
+        return len(self.state.rows), self.state.ancestry.shape[2], self.crossed.shape[4]
 
     @property
     def longest(self) -> int:
@@ -132,6 +140,9 @@ class Group:
 
     def view(self) -> View:
         """What the next step works on."""
+        if self._attention is not None:  # the kernels read no more than there is, whatever the view
+            slots, *rest = self._room
+            return View(min(up(len(self.seats), 1), slots), *rest)
         source = max(seat.source for seat in self.seats if seat is not None)
         exact = View(len(self.seats), self.longest + 1, source)
         if not self._rounded:
@@ -142,7 +153,7 @@ class Group:
             *(min(up(n, low), most) for n, low, most in zip(exact, least, room, strict=True))
         )
 
-    def admit(self, entries: Sequence[Entry], lengths: Sequence[int], encoded: Tensors) -> None:
+    def admit(self, entries: Sequence[Entry], lengths: Sequence[int], encoded: Tensor) -> None:
         """Give documents slots.
 
         Args:
@@ -150,7 +161,6 @@ class Group:
             lengths: their source lengths.
             encoded: `T5.encode`'s keys and values, of these documents, in this order.
         """
-        keys, values = encoded
         count, source = len(entries), max(lengths)
         asked = [entry.request.settings for entry in entries]
         gaps = [slot for slot, seat in enumerate(self.seats) if seat is None][:count]
@@ -177,8 +187,7 @@ class Group:
         device = self._model.device
         index = on_device(torch.tensor(slots), device)
         self.state.rows[index] = on_device(new.rows, device)
-        self.cross_keys[:, index, ..., :source] = keys[..., :source]
-        self.cross_values[:, index, :, :source] = values[..., :source, :]
+        self.crossed[:, :, index, :, :source] = encoded[..., :source, :]
         self.seats += [None] * (end - len(self.seats))
         for slot, entry, length in zip(slots, entries, lengths, strict=True):
             self.seats[slot] = Seat(entry, length)
@@ -221,27 +230,35 @@ class Group:
         depth, source = seat.depth, seat.source
         self.state.rows[gap].copy_(self.state.rows[last])
         self.kept[:, :, gap, :, :depth] = self.kept[:, :, last, :, :depth]
-        self.cross_keys[:, gap, ..., :source] = self.cross_keys[:, last, ..., :source]
-        self.cross_values[:, gap, :, :source] = self.cross_values[:, last, :, :source]
+        self.crossed[:, :, gap, :, :source] = self.crossed[:, :, last, :, :source]
         self.seats[gap] = seat
 
     def begin(self, view: View) -> Tensor:
         """Prepare a step on a view; returns each row's newest token, (slots * beams,)."""
-        device, (count, depth, source) = self._model.device, view
+        device, count = self._model.device, view.slots
         self._view = view
         state = self.state
         steps = state.steps[:count]
-        position = torch.arange(depth, device=device)
-        back = steps[:, None] - position
-        distances = self._model.distance_bias(state.ancestry.shape[2])
-        bias = distances[:, back.clamp(min=0)].transpose(0, 1)
-        seen = back >= 0
         here = steps[:, None, None].expand(-1, self.beams, 1)
+        if self.beams > 1:
+            beam = torch.arange(self.beams, device=device)
+            state.ancestry[:count].scatter_(2, here, beam[None, :, None].expand(count, -1, 1))
+        self._distances = self._model.distance_bias(state.ancestry.shape[2])
+        if self._attention is None:
+            self._make_masks(view)
+        return state.tokens[:count].gather(2, here).flatten()
+
+    def _make_masks(self, view: View) -> None:
+        device, (count, depth, source) = self._model.device, view
+        state = self.state
+        position = torch.arange(depth, device=device)
+        back = state.steps[:count, None] - position
+        bias = self._distances[:, back.clamp(min=0)].transpose(0, 1)
+        seen = back >= 0
         if self.beams == 1:
             mask = bias.masked_fill(~seen[:, None], UNSEEN)[:, :, None]
         else:
             beam = torch.arange(self.beams, device=device)
-            state.ancestry[:count].scatter_(2, here, beam[None, :, None].expand(count, -1, 1))
             own = state.ancestry[:count, :, :depth, None] == beam
             own &= seen[:, None, :, None]
             wide = bias[:, :, None, :, None].expand(-1, -1, self.beams, -1, self.beams)
@@ -251,7 +268,6 @@ class Group:
         padding = torch.arange(source, device=device) >= state.sources[:count, None]
         nothing = torch.zeros(padding.shape, dtype=self._model.dtype, device=device)
         self._cross_mask = nothing.masked_fill_(padding, UNSEEN)[:, None, None]
-        return state.tokens[:count].gather(2, here).flatten()
 
     def outputs(self, slots: Sequence[int]) -> list[list[int]]:
         """Tokens of documents with beams that are done, without the start token.
@@ -267,11 +283,18 @@ class Group:
         rows = torch.cat([steps, state.best_tokens[index, 0, 1:end]], 1).tolist()
         return [row[:count] for count, *row in rows]
 
-    def attend(self, layer: int, query: Tensor, new: Tensor) -> Tensor:
+    def attend(self, layer: int, joined: Tensor) -> Tensor:
         """Self-attention of the group's rows; see `serve_app.engine.gpu.model.SelfAttend`."""
+        if self._attention is not None:
+            state = self.state
+            keys, values = self.kept[layer]
+            return self._attention.generated(
+                joined, keys, values, state.steps, state.ancestry, self._distances
+            )
         count, depth, _ = self._view
         here = self.state.steps[:count]
         heads, width = self._model.shape.heads, self._model.shape.head_width
+        query, new = joined.tensor_split((heads * width,), -1)
         new = new.view(count, self.beams, 2, heads, width).permute(0, 2, 3, 1, 4)
         self.kept[layer][:, self._slot, :, here] = new
         keys, values = self.kept[layer, :, :count, :, :depth].flatten(3, 4)
@@ -281,9 +304,11 @@ class Group:
     def cross(self, layer: int, query: Tensor) -> Tensor:
         """Cross-attention of the group's rows; see `serve_app.engine.gpu.model.CrossAttend`."""
         count, _, source = self._view
-        keys = self.cross_keys[layer, :count, ..., :source]
-        values = self.cross_values[layer, :count, :, :source]
-        scores = self._by_head(query) @ keys + self._cross_mask
+        if self._attention is not None:
+            keys, values = self.crossed[layer]
+            return self._attention.cross(query, keys, values, self.state.sources, self.beams)
+        keys, values = self.crossed[layer, :, :count, :, :source]
+        scores = self._by_head(query) @ keys.transpose(-1, -2) + self._cross_mask
         return self._by_row(torch.softmax(scores, -1) @ values)
 
     def end(self) -> None:
@@ -328,8 +353,7 @@ class Group:
         for name in self._CACHES:
             tensor = getattr(self, name)
             size = list(tensor.shape)
-            size[2 if name == "kept" else 1] = slots
-            size[{"cross_values": 3}.get(name, 4)] = steps if name == "kept" else source
+            size[2], size[4] = slots, steps if name == "kept" else source
             tensors[name] = _resized(tensor, size)
         index = torch.empty(slots, dtype=torch.int64, device=self._model.device)
         # All of them or, out of memory, none.
@@ -337,9 +361,6 @@ class Group:
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
         self.moved += 1
-
-
-Tensors = tuple[Tensor, Tensor]
 
 
 def to_device(host: Tensor, target: Tensor) -> None:
