@@ -27,6 +27,7 @@ from serve_app.engine.turns import Turns
 
 logger = logging.getLogger(__name__)
 
+_MOST_HELD = 16  # steps for which waiting documents are held back while few rows are free
 _RECOVERY_STEPS = 256  # without running out of memory, after which twice as many rows are tried
 
 
@@ -56,7 +57,7 @@ class ContinuousEngine(EngineThread):
         self._runner = self._make_runner(self._checkpoint, plan)
         self._undrained_s = 0.0
         self._slots = self._rows_allowed = self._runner.most_rows
-        self._good_steps = self._preempted = 0
+        self._good_steps = self._preempted = self._held = 0
         self._time = TimeShares() if self._runner.steps_some else None
         self._turns = Turns(self._slots, self._max_batch_tokens, self._time)
 
@@ -125,9 +126,11 @@ class ContinuousEngine(EngineThread):
         """Encode waiting documents and give them slots; returns how many tokens that took."""
         with self._lock:
             now = time.monotonic()
-            admitted = self._turns.pull(
-                self._waiting, self._runner.entries, self._pace, now, self._rows_allowed
-            )
+            admitted: list[Entry] = []
+            if not self._hold():
+                admitted = self._turns.pull(
+                    self._waiting, self._runner.entries, self._pace, now, self._rows_allowed
+                )
             for entry in admitted:
                 entry.started = now
         if admitted:
@@ -141,6 +144,17 @@ class ContinuousEngine(EngineThread):
             self._time.join(_by_share(self._runner.entries))
             self._time.encoded(encoded, time.monotonic() - now)
         return encoded.total()
+
+    def _hold(self) -> bool:
+        """Whether to wait for more rows to become free.
+
+        Only where more documents wait than have room, so that somebody waits in any case, and not
+        for long: long documents side by side may leave none free for a while.
+        """
+        free = self._rows_allowed - self._runner.rows
+        few = 0 < free < min(self._runner.admit_share * self._rows_allowed, len(self._waiting))
+        self._held = self._held + 1 if few and self._held < _MOST_HELD else 0
+        return self._held > 0 and len(self._runner.entries) > 0
 
     def _encode(self, batch: list[Entry]) -> None:
         """Encode documents and give them slots. Those that cannot be encoded fail alone."""

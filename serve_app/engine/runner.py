@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from serve_app.engine.queue import Entry
 from serve_app.engine.weights import Shape
@@ -35,9 +35,8 @@ class Plan:
     rounded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Advance:
-    """What a step did for a document.
+class Advance(NamedTuple):
+    """What a step did for a document; a tuple, because a step makes hundreds of them.
 
     `made` counts its new tokens, `new` are they, for a request that streams. `output` is all it
     has, once it is done: without the start token, with the end token if it has come to that.
@@ -52,12 +51,20 @@ class Advance:
 
 
 class Runner(Protocol):
-    """Documents in slots. All methods are called on the engine's thread."""
+    """Documents in slots. All methods are called on the engine's thread.
+
+    Attributes:
+        shape: the model's.
+        most_rows: of the batch.
+        steps_some: whether `step` can leave documents out.
+        admit_share: of these must be free before documents are worth encoding, while more of them
+            wait than have room: where a few cost as much as many. 0: none.
+    """
 
     shape: Shape
     most_rows: int
     steps_some: bool
-    """Whether `step` can leave documents out."""
+    admit_share: float
 
     @property
     def entries(self) -> list[Entry]:
@@ -83,6 +90,9 @@ class Runner(Protocol):
 
     def step(self, only: Sequence[Entry] | None = None) -> list[Advance]:
         """One decode step for all documents, or, where `steps_some`, for these of `entries`.
+
+        What it did, or what the one before did.
+
 
         Those that were done before another's error are given, and the error is raised next time.
         """

@@ -2,8 +2,9 @@
 
 A graph launches the same kernels with the same numbers on the same addresses, whatever Python has
 done to its variables since. Here operations are recorded with their tensors, and a replay runs them
-again into the tensors that they returned then. Recorded tensors stay alive: what a graph would read
-of memory that has been freed does not show.
+again into the tensors that they returned then. What a capture would refuse, because the host waits
+for the device or brings it something, is refused. Recorded tensors stay alive: what a graph would
+read of memory that has been freed does not show.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+_REFUSED = {
+    # In inference mode operations come as they are called, so their parts are not needed here.
+    aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero,
+    aten.masked_select, aten.lift_fresh,  # the last one is `torch.tensor`
+}  # fmt: skip
 
 
 class RecordedGraph:
@@ -40,6 +48,11 @@ class _Recorder(TorchDispatchMode):
         self._graph = graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = func.overloadpacket in {aten.index, aten.index_put, aten.index_put_} and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if func.overloadpacket in _REFUSED or masks:
+            raise RuntimeError(f"{func}: not permitted when stream is capturing")
         found = func(*args, **(kwargs or {}))
         returned = [one for one in tree_leaves(found) if torch.is_tensor(one)]
         self._graph.operations.append((func, args, kwargs or {}, returned))
@@ -49,6 +62,9 @@ class _Recorder(TorchDispatchMode):
 class _Stream:
     def wait_stream(self, stream: Any) -> None:
         """Nothing runs beside anything here."""
+
+    def synchronize(self) -> None:
+        """Nor is anything left to run."""
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -294,3 +294,49 @@ async def test_shares_take_turns(checkpoint: Checkpoint, direct: Direct) -> None
     assert finished.index("single") <= 3
     many = [name for name in finished if name != "single"]
     assert many == sorted(many, key=lambda name: int(name.removeprefix("many")))
+
+
+async def admitted(
+    checkpoint: Checkpoint, lengths: Sequence[int], share: float
+) -> tuple[list[int], list[int]]:
+    """How many documents each step let in, and the steps: of documents that come together."""
+    batches: list[BatchRan] = []
+    source = [*range(3, 12), 1]
+    requests = [
+        EngineRequest(
+            f"{i}", source, GenerationSettings(min_new_tokens=length, max_new_tokens=length)
+        )
+        for i, length in enumerate(lengths)
+    ]
+    options: dict[str, Any] = {"max_batch_size": 8, "speculation": False}
+    async with running(checkpoint, batches, **options) as client:
+        engine: Any = client._engine
+        engine._runner.admit_share = share
+        with engine._lock:  # this thread, on which requests are submitted, may take it again
+            tasks = [asyncio.create_task(client.run(request)) for request in requests]
+            while len(engine._waiting) < len(requests):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+    came = [(batch.input_tokens // len(source), step) for step, batch in enumerate(batches)]
+    return [count for count, _ in came if count], [step for count, step in came if count]
+
+
+async def test_documents_are_let_in_together_where_a_few_cost_as_much(
+    checkpoint: Checkpoint,
+) -> None:
+    """Of the first eight one ends in each step, of those that follow the one that came first."""
+    lengths = [*range(5, 13), *[20] * 8]
+    assert (await admitted(checkpoint, lengths, 0.5))[0] == [8, 4, 4]
+    assert (await admitted(checkpoint, lengths, 0.0))[0] == [8, *[1] * 8]
+
+
+async def test_who_finds_room_for_all_that_wait_is_let_in_at_once(checkpoint: Checkpoint) -> None:
+    """Fewer rows are free than are worth it, but nobody else waits."""
+    counts, steps = await admitted(checkpoint, [5, *[40] * 7, 5], 0.5)
+    assert (counts, steps) == ([8, 1], [0, 5])
+
+
+async def test_nobody_is_held_back_for_long(checkpoint: Checkpoint) -> None:
+    counts, steps = await admitted(checkpoint, [5, *[60] * 7, 5, 5], 0.5)
+    # One has ended and two wait: sixteen steps later one of them comes in.
+    assert (counts, steps) == ([8, 1, 1], [0, 5 + 16, 5 + 16 + 5])

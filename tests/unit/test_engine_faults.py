@@ -522,14 +522,14 @@ async def test_what_was_done_of_a_step_before_an_error_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch steps greedy documents, then those with beams: the first cannot be done again."""
-    step, left = TorchRunner._step, [MemoryError()]
+    launch, left = TorchRunner._launch, [MemoryError()]
 
-    def fail(runner: TorchRunner, group: slots.Group) -> list[Advance]:
+    def fail(runner: TorchRunner, group: slots.Group) -> Any:
         if group.beams == 2 and len(runner._groups) == 2 and left and runner._groups[1].longest > 5:
             raise left.pop()
-        return step(runner, group)
+        return launch(runner, group)
 
-    monkeypatch.setattr(TorchRunner, "_step", fail)
+    monkeypatch.setattr(TorchRunner, "_launch", fail)
     each = [GREEDY] * 4 + [BEAMS] * 4
     async with broken(checkpoint, "torch") as (client, faulty, seen):
         requests = [

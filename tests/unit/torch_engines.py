@@ -38,7 +38,7 @@ class Recorded(Engine):
 
     def _make_runner(self, checkpoint: Checkpoint, plan: Plan) -> TorchRunner:  # type: ignore[override]
         runner = super()._make_runner(checkpoint, plan)
-        runner._graphs = StepGraphs(runner._model)
+        runner._graphs = StepGraphs(runner._run)
         return runner
 
 
@@ -55,6 +55,7 @@ async def running(
         # Freed now, and not by the garbage collector while the next engine captures a graph.
         runner: Any = client._engine._runner  # type: ignore[attr-defined]
         runner._groups.clear()
+        runner._flights.clear()
         runner._graphs = None
 
 

@@ -34,6 +34,7 @@ class CpuRunner:
     """See `serve_app.engine.runner.Runner`."""
 
     steps_some = True
+    admit_share = 0.0
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, kernels: ctypes.PyDLL) -> None:
         self._kernels = kernels

@@ -12,14 +12,15 @@ LIBRARIES = 256 << 20  # workspaces of matrix products, and kernels, which are l
 
 
 def row_bytes(shape: Shape, plan: Plan, value_bytes: int) -> int:
-    """Memory of one row of the batch: its caches, and its logits, raw and in search's three forms.
+    """Memory of one row of the batch: its caches, and its logits, raw and in search's three forms,
+    once where a step is launched before it is captured and once where it is captured.
 
     A document with beams takes a row for each and its source's keys and values only once, so this
     is the most that a row can take.
     """
     inner = shape.heads * shape.head_width
-    caches = shape.decoder_layers * 2 * inner * (plan.steps + plan.source) * value_bytes
-    return caches + (value_bytes + 3 * 4) * shape.vocabulary
+    caches = shape.decoder_layers * 2 * inner * (plan.steps + 1 + plan.source) * value_bytes
+    return caches + 2 * (value_bytes + 3 * 4) * shape.vocabulary
 
 
 def encoder_bytes(shape: Shape, plan: Plan, value_bytes: int) -> int:

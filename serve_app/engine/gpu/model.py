@@ -7,13 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from serve_app.engine.weights import Attention, FeedForward, Shape, WeightSource, buckets
 
-# Given queries, keys and values of the rows' newest token, (rows, heads * head width) each, a
-# decoder's attention returns what the rows attended to, (rows, heads * head width).
-SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Given queries of the rows' newest token, (rows, heads * head width), and for self-attention its
+# keys and values behind them, a decoder's attention returns what the rows attended to, (rows, heads
+# * head width).
+SelfAttend = Callable[[int, Tensor], Tensor]
 CrossAttend = Callable[[int, Tensor], Tensor]
+
+# The score of a key that must not be seen. Not the dtype's lowest number: kernels multiply scores,
+# and where no key is seen at all, all scores being infinite would make the sum none.
+UNSEEN = -1e30
+# Not cuDNN's: it compiles a plan for each new shape.
+_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -94,7 +102,7 @@ class T5:
         """What the weights are held in."""
         return self._embedding.dtype
 
-    def encode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Run the encoder and project its output for the decoder.
 
         Args:
@@ -102,13 +110,11 @@ class T5:
             mask: (documents, source), bool, true for real tokens.
 
         Returns:
-            Cross-attention keys, (layers, documents, heads, head width, source), and values,
-            (layers, documents, heads, source, head width).
+            Cross-attention keys and values, (layers, 2, documents, heads, source, head width).
         """
         shape = self.shape
         documents, source = ids.shape
-        lowest = torch.finfo(self.dtype).min
-        bias = self._encoder_bias(source).masked_fill(~mask[:, None, None, :], lowest)
+        bias = self._encoder_bias(source).masked_fill(~mask[:, None, None, :], UNSEEN)
         hidden = functional.embedding(ids, self._embedding)
         for layer in self._encoder:
             query, key, value = (
@@ -116,16 +122,16 @@ class T5:
                 .view(documents, source, 3, shape.heads, shape.head_width)
                 .permute(2, 0, 3, 1, 4)
             )
-            # The softmax itself is of float32, whatever it is given.
-            mixed = torch.softmax(query @ key.transpose(-1, -2) + bias, -1) @ value
+            with sdpa_kernel(_ATTENTION):
+                mixed = functional.scaled_dot_product_attention(query, key, value, bias, scale=1.0)
             mixed = mixed.transpose(1, 2).reshape(documents, source, -1)
-            hidden = hidden + functional.linear(mixed, layer.out)
-            hidden = hidden + self._feed_forward(hidden, layer)
+            hidden += functional.linear(mixed, layer.out)
+            hidden += functional.linear(self._inner(hidden, layer), layer.inner_out)
         hidden = self._norm(hidden, self._encoder_norm)
         cross = functional.linear(hidden, self._cross_in).view(
             documents, source, shape.decoder_layers, 2, shape.heads, shape.head_width
         )
-        return cross[:, :, :, 0].permute(2, 0, 3, 4, 1), cross[:, :, :, 1].permute(2, 0, 3, 1, 4)
+        return cross.permute(2, 3, 0, 4, 1, 5)
 
     def decode(self, ids: Tensor, attend: SelfAttend, cross: CrossAttend) -> Tensor:
         """One decoder step: the newest token of each row in, logits for the next one out.
@@ -141,13 +147,11 @@ class T5:
         hidden = functional.embedding(ids, self._embedding)
         for index, (layer, part) in enumerate(zip(self._decoder, self._cross, strict=True)):
             joined = functional.linear(self._norm(hidden, layer.norm), layer.joined)
-            query, key, value = joined.chunk(3, -1)
-            mixed = attend(index, query, key, value)
-            hidden = hidden + functional.linear(mixed, layer.out)
+            # A residual is added by the product: of a small model's step every launch counts.
+            hidden.addmm_(attend(index, joined), layer.out.T)
             normed = self._norm(hidden, part.norm)
-            mixed = cross(index, functional.linear(normed, part.query))
-            hidden = hidden + functional.linear(mixed, part.out)
-            hidden = hidden + self._feed_forward(hidden, layer)
+            hidden.addmm_(cross(index, functional.linear(normed, part.query)), part.out.T)
+            hidden.addmm_(self._inner(hidden, layer), layer.inner_out.T)
         hidden = self._norm(hidden, self._decoder_norm) * self.shape.head_scale
         return functional.linear(hidden, self._head)
 
@@ -170,14 +174,13 @@ class T5:
         index = position[None, :] - position[:, None] + source - 1
         return by_offset[index].permute(2, 0, 1)
 
-    def _feed_forward(self, hidden: Tensor, layer: _Layer) -> Tensor:
+    def _inner(self, hidden: Tensor, layer: _Layer) -> Tensor:
+        """The feed-forward layer but for its last product."""
         inner = functional.linear(self._norm(hidden, layer.inner_norm), layer.inner)
         if self.shape.gated:
             gate, linear = inner.chunk(2, -1)
-            inner = self._activation(gate) * linear
-        else:
-            inner = self._activation(inner)
-        return functional.linear(inner, layer.inner_out)
+            return self._activation(gate) * linear
+        return self._activation(inner)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Root mean square norm, no mean taken off, in float32: one kernel on a GPU, not eight."""

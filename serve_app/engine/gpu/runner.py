@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.faults import let_go, out_of_memory
-from serve_app.engine.gpu.graphs import StepGraphs, forward
+from serve_app.engine.gpu import attention
+from serve_app.engine.gpu.graphs import StepGraphs, step
 from serve_app.engine.gpu.memory import plan_rows
 from serve_app.engine.gpu.model import T5
-from serve_app.engine.gpu.search import beam_step, greedy_step
-from serve_app.engine.gpu.slots import Group
+from serve_app.engine.gpu.search import Search
+from serve_app.engine.gpu.slots import Group, Seat, on_device
 from serve_app.engine.queue import Entry
 from serve_app.engine.runner import Advance, Plan
-from serve_app.engine.thread import padded
 from serve_app.engine.weights import WeightSource, read_shape
 
 _SIMILAR = 0.7  # documents of one microbatch have at least this share of its longest
+_GPU_SHARE = 1 / 16  # see `Runner.admit_share`; encoding few documents takes a GPU as long as many
+_ALIGNED = 16  # fused attention wants its mask's rows to begin at multiples of so many positions
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step of a group that has been launched. `result`: see `Search.choose`, on the host once
+    `arrived` has come about; `slots` are those of `seats`."""
+
+    group: Group
+    slots: list[int]
+    seats: list[Seat]
+    result: Tensor
+    arrived: torch.cuda.Event | None
 
 
 class TorchRunner:
-    """See `serve_app.engine.runner.Runner`."""
+    """See `serve_app.engine.runner.Runner`.
+
+    With graphs, a greedy step is launched before the host has seen what the one before has chosen,
+    so that neither waits for the other: `step` tells of the step that the last call has launched. A
+    document that has ended is in one step too many. Outputs of beam search lie on the device and
+    would wait for that step, so there is none in advance.
+    """
 
     # A step hardly takes longer for more rows on a GPU.
     steps_some = False
@@ -34,20 +57,24 @@ class TorchRunner:
             torch.cuda.set_device(plan.device)  # streams and graphs are the current device's
         weights = WeightSource(checkpoint, self.shape, plan.device, getattr(torch, plan.dtype))
         self._model = T5(weights, self.shape)
-        self._constraints = checkpoint.constraints
+        search = Search(self.shape.eos_id, checkpoint.constraints, self._model.device)
+        self._run = partial(step, self._model, search)
         self._plan = plan
         self._groups: dict[int, Group] = {}  # by number of beams
         self.most_rows = plan.rows or 64
         self._graphs: StepGraphs | None = None
         self._rounded = plan.rounded
+        self._attention: attention.StepAttention | None = None
         self._failed: Exception | None = None  # on a step of which a part had been done
-        self._similar = _SIMILAR
+        self._flights: list[_Flight] = []  # launched in advance
+        self._similar, self.admit_share = _SIMILAR, 0.0
         if self._model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._model.device)
             self.most_rows = plan_rows(self.shape, plan, free, self._model.dtype.itemsize)
-            self._graphs, self._rounded = StepGraphs(self._model), True
+            self._graphs, self._rounded = StepGraphs(self._run), True
+            self._attention = attention.load(self.shape, self._model.dtype)
             # Encoding takes as long as its launches do, whatever they are given.
-            self._similar = 0.0
+            self._similar, self.admit_share = 0.0, _GPU_SHARE
 
     @property
     def entries(self) -> list[Entry]:
@@ -71,16 +98,16 @@ class TorchRunner:
 
     def admit(self, entries: Sequence[Entry]) -> None:
         """See `Runner.admit`."""
-        encoded = [(batch, self._encode(batch)) for batch in _microbatches(entries, self._similar)]
         try:
-            for batch, (keys, values) in encoded:
+            for batch in _microbatches(entries, self._similar):
+                encoded = self._encode(batch)
                 for beams in {entry.request.settings.num_beams for entry in batch}:
                     mine = [i for i, e in enumerate(batch) if e.request.settings.num_beams == beams]
                     alone = len(mine) == len(batch)
                     self._group(beams).admit(
                         [batch[i] for i in mine],
                         [batch[i].tokens for i in mine],
-                        (keys, values) if alone else (keys[:, mine], values[:, mine]),
+                        encoded if alone else encoded[:, :, mine],
                     )
         except Exception:
             self.leave(entries)
@@ -90,51 +117,78 @@ class TorchRunner:
         """See `Runner.leave`."""
         gone = set(map(id, entries))
         for group in self._groups.values():
-            group.leave([slot for slot, entry in enumerate(group.entries) if id(entry) in gone])
+            group.leave(
+                [slot for slot, seat in enumerate(group.seats) if seat and id(seat.entry) in gone]
+            )
 
     def step(self, only: Sequence[Entry] | None = None) -> list[Advance]:
         """See `Runner.step`."""
         failed, self._failed = self._failed, None
         if failed is not None:
             raise failed
-        advances: list[Advance] = []
+        landing, self._flights = self._flights, []
         for group in self._groups.values():
+            if not len(group):
+                continue
             try:
-                advances.extend(self._step(group))
+                flight = self._launch(group)
             except Exception as error:
-                if not advances:
-                    raise
-                # What other groups have done cannot be done again: it counts, and the error next.
-                self._failed = error
+                failed = error
                 break
+            ahead = self._graphs is not None and group.beams == 1
+            (self._flights if ahead else landing).append(flight)
+        advances = [advance for flight in landing for advance in self._land(flight)]
+        if failed is not None:
+            if not advances:
+                raise failed
+            # What has been done cannot be done again: it counts, and the error next time.
+            self._failed = failed
         return advances
 
-    def _step(self, group: Group) -> list[Advance]:
-        if not len(group):
+    def _launch(self, group: Group) -> _Flight:
+        """Begin a step of a group."""
+        view = group.view()
+        result = (self._graphs or self._run)(group, view)
+        group.launched()
+        taken = [(slot, seat) for slot, seat in enumerate(group.seats) if seat is not None]
+        slots, seats = [slot for slot, _ in taken], [seat for _, seat in taken]
+        if not result.is_cuda:  # a copy, for the next replay writes to the same place
+            return _Flight(group, slots, seats, result.clone(), None)
+        arrived = torch.cuda.Event()
+        told = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+        told.copy_(result, non_blocking=True)
+        arrived.record()
+        return _Flight(group, slots, seats, told, arrived)
+
+    def _land(self, flight: _Flight) -> list[Advance]:
+        """What a step did, for those of its documents that are still there."""
+        group = flight.group
+        here = set(map(id, group.seats))
+        if here.isdisjoint(map(id, flight.seats)):
             return []
-        view = group.view(rounded=self._rounded)
-        if self._graphs is not None:
-            logits = self._graphs(group, view)
-        else:
-            logits = forward(self._model, group, view)
-        return self._choose(group, logits[: group.rows])
-
-    def _choose(self, group: Group, logits: Tensor) -> list[Advance]:
-        eos_id = self.shape.eos_id
-        if group.beams == 1:
-            chosen, done = greedy_step(group, logits, eos_id, self._constraints)
-            # One copy from the device, not two.
-            news, flags = torch.stack((chosen, done.to(chosen.dtype))).tolist()
-        else:
-            flags = beam_step(group, logits, eos_id, self._constraints).tolist()
-            news = [None] * len(group)
-        over = [slot for slot, flag in enumerate(flags) if flag]
-        outputs = dict(zip(over, group.outputs(over), strict=True))
+        if flight.arrived is not None:
+            flight.arrived.synchronize()
+        if group.beams > 1:
+            return self._land_beams(flight)
         advances = []
-        for slot, (entry, new) in enumerate(zip(group.entries, news, strict=True)):
-            streamed = [new] if entry.request.stream and new is not None else []
-            advances.append(Advance(entry, 1, streamed, outputs.get(slot)))
+        chosen, done = flight.result.tolist()
+        for slot, seat in zip(flight.slots, flight.seats, strict=True):
+            if id(seat) in here:
+                new = chosen[slot]
+                seat.tokens.append(new)
+                streamed = (new,) if seat.entry.request.stream else ()
+                output = seat.tokens if done[slot] else None
+                advances.append(Advance(seat.entry, 1, streamed, output))
         return advances
+
+    def _land_beams(self, flight: _Flight) -> list[Advance]:
+        done = flight.result.tolist()
+        over = [slot for slot in flight.slots if done[slot]]
+        outputs = dict(zip(over, flight.group.outputs(over), strict=True))
+        return [
+            Advance(seat.entry, 1, (), outputs.get(slot))
+            for slot, seat in zip(flight.slots, flight.seats, strict=True)
+        ]
 
     def _group(self, beams: int) -> Group:
         if beams not in self._groups:
@@ -152,21 +206,30 @@ class TorchRunner:
         return self._groups[beams]
 
     def _new_group(self, beams: int) -> Group:
-        group = Group(self._model, beams)
+        group = Group(self._model, beams, rounded=self._rounded, attention=self._attention)
         if self._graphs is not None:
             # All room at once: graphs are of tensors where they lie.
             slots = max(self.most_rows // beams, 1)
-            group.reserve(slots, self._plan.steps, self._plan.source)
-            self._graphs.reserve(slots * beams)
+            group.reserve(slots, self._plan.steps + 1, self._plan.source)
         return group
 
     def _forget(self, beams: int) -> None:
-        del self._groups[beams]
+        gone = self._groups.pop(beams)
+        self._flights = [flight for flight in self._flights if flight.group is not gone]
         if self._graphs is not None:
             self._graphs.forget(beams)
 
-    def _encode(self, batch: list[Entry]) -> tuple[Tensor, Tensor]:
-        ids, mask = padded(batch, self.shape.pad_id, self._model.device)
+    def _encode(self, batch: list[Entry]) -> Tensor:
+        width = -(-max(entry.tokens for entry in batch) // _ALIGNED) * _ALIGNED
+        flat = array("q")
+        for entry in batch:
+            flat.extend(entry.request.input_ids)
+            flat.extend([self.shape.pad_id] * (width - entry.tokens))
+        flat.extend(entry.tokens for entry in batch)
+        host = torch.frombuffer(flat, dtype=torch.int64)
+        both = on_device(host, self._model.device)
+        ids, lengths = both[: -len(batch)].view(len(batch), width), both[-len(batch) :]
+        mask = torch.arange(width, device=self._model.device) < lengths[:, None]
         return self._model.encode(ids, mask)
 
 

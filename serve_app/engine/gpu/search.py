@@ -10,116 +10,131 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve_app.engine.gpu.slots import UNLIKELY, Group
+from serve_app.engine.gpu.slots import UNLIKELY, Group, View
 from serve_app.engine.protocol import TokenConstraints
 
 _NEVER = float("-inf")
 
 
-def greedy_step(
-    group: Group, logits: Tensor, eos_id: int, constraints: TokenConstraints
-) -> tuple[Tensor, Tensor]:
-    """Append each document's likeliest token.
+class Search:
+    """Chooses as a model's constraints have it.
+
+    Nothing in it waits for the device or brings anything to it, so a CUDA graph may capture it.
 
     Args:
-        group: one beam per document; `Group.begin` has been called for this step.
-        logits: (documents, vocabulary), float32; changed in place.
         eos_id: the end token.
         constraints: of the model.
-
-    Returns:
-        The tokens, (documents,), and whether each document is done with it.
+        device: of the logits.
     """
-    count, state = len(group), group.state
-    _process(group, logits, eos_id, constraints)
-    chosen = logits.argmax(-1)
-    generated = state.steps[:count] + 1
-    state.tokens[:count].scatter_(2, generated[:, None, None], chosen[:, None, None])
-    group.end()
-    return chosen, (chosen == eos_id) | (generated >= state.most[:count])
 
+    def __init__(self, eos_id: int, constraints: TokenConstraints, device: torch.device) -> None:
+        self.eos_id = eos_id
+        self._forced_first, self._forced_last = constraints.forced_first, constraints.forced_last
+        self._suppressed, self._begin_suppressed = (
+            torch.tensor(sorted(ids), device=device) if ids else None
+            for ids in (constraints.suppressed, constraints.begin_suppressed)
+        )
 
-def beam_step(group: Group, logits: Tensor, eos_id: int, constraints: TokenConstraints) -> Tensor:
-    """Extend each document's beams.
+    def choose(self, group: Group, view: View, logits: Tensor) -> Tensor:
+        """The second half of a step, after `Group.begin` and the decoder.
 
-    Args:
-        group: two or more beams per document; `Group.begin` has been called for this step.
-        logits: (documents * beams, vocabulary), float32.
-        eos_id: the end token.
-        constraints: of the model.
+        Args:
+            group: the documents.
+            view: that `begin` was given.
+            logits: (slots * beams, vocabulary), float32; changed in place.
 
-    Returns:
-        Whether each document is done, (documents,).
-    """
-    count, beams, state = len(group), group.beams, group.state
-    vocabulary = logits.shape[-1]
-    scores = torch.log_softmax(logits, -1)
-    _process(group, scores, eos_id, constraints)
-    totals = scores.view(count, beams, vocabulary) + state.scores[:count, :, None]
-    # Twice as many as beams: even if every beam's best is the end token, enough go on.
-    top, index = totals.flatten(1).topk(2 * beams)
-    parent, chosen = index // vocabulary, index % vocabulary
+        Returns:
+            int64, by slot: with one beam, (2, slots), the tokens and whether documents are done;
+            with more (slots,), whether they are done. Of no meaning where there is no document.
+        """
+        if group.beams == 1:
+            return torch.stack(self._greedy(group, view, logits))
+        return self._beams(group, view, logits).long()
 
-    generated = state.steps[:count] + 1
-    ends = (chosen == eos_id) | (generated >= state.most[:count])[:, None]
-    candidates = _pick(state.tokens[:count], parent)
-    here = generated[:, None, None].expand(-1, 2 * beams, 1)
-    candidates.scatter_(2, here, chosen[:, :, None])
+    def _greedy(self, group: Group, view: View, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Append each document's likeliest token."""
+        count, state = view.slots, group.state
+        self._process(group, view, logits)
+        chosen = logits.argmax(-1)
+        generated = state.steps[:count] + 1
+        state.tokens[:count].scatter_(2, generated[:, None, None], chosen[:, None, None])
+        group.end()
+        done = (chosen == self.eos_id) | (generated >= state.most[:count])
+        return chosen, done.long()
 
-    running = top + ends * UNLIKELY
-    order = running.topk(beams).indices
-    state.tokens[:count] = _pick(candidates, order)
-    state.scores[:count] = running.gather(1, order)
-    state.ancestry[:count] = _pick(state.ancestry[:count], parent.gather(1, order))
+    def _beams(self, group: Group, view: View, logits: Tensor) -> Tensor:
+        """Extend each document's beams."""
+        count, beams, state = view.slots, group.beams, group.state
+        vocabulary = logits.shape[-1]
+        scores = torch.log_softmax(logits, -1)
+        self._process(group, view, scores)
+        totals = scores.view(count, beams, vocabulary) + state.scores[:count, :, None]
+        # Twice as many as beams: even if every beam's best is the end token, enough go on.
+        top, index = totals.flatten(1).topk(2 * beams)
+        parent, chosen = index // vocabulary, index % vocabulary
 
-    length = (generated.double() ** state.penalty[:count]).float()[:, None]
-    done, early = state.best_done[:count], state.early[:count]
-    improvable = state.improvable[:count]
-    first = torch.arange(2 * beams, device=logits.device) < beams
-    finished = ends & first
-    ranked = top / length
-    ranked += (done.all(1) & early)[:, None] * UNLIKELY
-    ranked += (~improvable)[:, None] * UNLIKELY
-    ranked += ~finished * UNLIKELY
-    merged = torch.cat([state.best_scores[:count], ranked], 1)
-    best, pick = merged.topk(beams)
-    state.best_tokens[:count] = _pick(torch.cat([state.best_tokens[:count], candidates], 1), pick)
-    steps = torch.cat([state.best_steps[:count], generated[:, None].expand(-1, 2 * beams)], 1)
-    state.best_steps[:count] = steps.gather(1, pick)
-    state.best_scores[:count] = best
-    state.best_done[:count] = done = torch.cat([done, finished], 1).gather(1, pick)
+        generated = state.steps[:count] + 1
+        ends = (chosen == self.eos_id) | (generated >= state.most[:count])[:, None]
+        candidates = _pick(state.tokens[:count], parent)
+        here = generated[:, None, None].expand(-1, 2 * beams, 1)
+        candidates.scatter_(2, here, chosen[:, :, None])
 
-    possible = state.scores[:count, :1] / length
-    worst = torch.where(done, best.min(1, keepdim=True).values, UNLIKELY)
-    state.improvable[:count] = improvable = improvable & (possible > worst).any(1)
-    group.end()
-    return ~improvable | (done.all(1) & early) | ends.all(1)
+        running = top + ends * UNLIKELY
+        order = running.topk(beams).indices
+        state.tokens[:count] = _pick(candidates, order)
+        state.scores[:count] = running.gather(1, order)
+        state.ancestry[:count] = _pick(state.ancestry[:count], parent.gather(1, order))
 
+        length = (generated.double() ** state.penalty[:count]).float()[:, None]
+        done, early = state.best_done[:count], state.early[:count]
+        improvable = state.improvable[:count]
+        first = torch.arange(2 * beams, device=logits.device) < beams
+        finished = ends & first
+        ranked = top / length
+        ranked += (done.all(1) & early)[:, None] * UNLIKELY
+        ranked += (~improvable)[:, None] * UNLIKELY
+        ranked += ~finished * UNLIKELY
+        merged = torch.cat([state.best_scores[:count], ranked], 1)
+        best, pick = merged.topk(beams)
+        state.best_tokens[:count] = _pick(
+            torch.cat([state.best_tokens[:count], candidates], 1), pick
+        )
+        steps = torch.cat([state.best_steps[:count], generated[:, None].expand(-1, 2 * beams)], 1)
+        state.best_steps[:count] = steps.gather(1, pick)
+        state.best_scores[:count] = best
+        state.best_done[:count] = done = torch.cat([done, finished], 1).gather(1, pick)
 
-def _process(group: Group, scores: Tensor, eos_id: int, constraints: TokenConstraints) -> None:
-    """Apply settings and constraints to `scores` (rows, vocabulary), in place, in the order in
-    which transformers does it."""
-    count, beams, state = len(group), group.beams, group.state
-    steps = state.steps[:count].repeat_interleave(beams)
-    settings = [entry.request.settings for entry in group.entries]
-    if any(one.repetition_penalty != 1.0 for one in settings):
-        _penalize(group, scores)
-    for size in {one.no_repeat_ngram_size for one in settings} - {0}:
-        asks = (state.ngram[:count] == size).repeat_interleave(beams)
-        _ban_repeats(group, scores, size, asks)
-    short = steps < state.least[:count].repeat_interleave(beams)
-    scores[:, eos_id].masked_fill_(short, _NEVER)
-    if constraints.forced_first is not None:
-        _force(scores, steps == 0, constraints.forced_first)
-    if constraints.forced_last is not None:
-        last = steps == state.most[:count].repeat_interleave(beams) - 1
-        _force(scores, last, constraints.forced_last)
-    if constraints.suppressed:
-        scores[:, list(constraints.suppressed)] = _NEVER
-    if constraints.begin_suppressed:
-        begins = steps == (0 if constraints.forced_first is None else 1)
-        ids = list(constraints.begin_suppressed)
-        scores[:, ids] = torch.where(begins[:, None], _NEVER, scores[:, ids])
+        possible = state.scores[:count, :1] / length
+        worst = best.min(1, keepdim=True).values.expand_as(done).masked_fill(~done, UNLIKELY)
+        state.improvable[:count] = improvable = improvable & (possible > worst).any(1)
+        group.end()
+        return ~improvable | (done.all(1) & early) | ends.all(1)
+
+    def _process(self, group: Group, view: View, scores: Tensor) -> None:
+        """Apply settings and constraints to `scores` (rows, vocabulary), in place, in the order in
+        which transformers does it."""
+        count, beams, state = view.slots, group.beams, group.state
+        steps = _by_row(state.steps[:count], beams)
+        rules = group.rules
+        if rules.penalty:
+            _penalize(group, view, scores)
+        for size in rules.ngrams:
+            asks = _by_row(state.ngram[:count] == size, beams)
+            _ban_repeats(group, view, scores, size, asks)
+        short = steps < _by_row(state.least[:count], beams)
+        scores[:, self.eos_id].masked_fill_(short, _NEVER)
+        if self._forced_first is not None:
+            _force(scores, steps == 0, self._forced_first)
+        if self._forced_last is not None:
+            last = steps == _by_row(state.most[:count], beams) - 1
+            _force(scores, last, self._forced_last)
+        if self._suppressed is not None:
+            scores.index_fill_(1, self._suppressed, _NEVER)
+        if self._begin_suppressed is not None:
+            begins = steps == (0 if self._forced_first is None else 1)
+            some = scores.index_select(1, self._begin_suppressed)
+            some.masked_fill_(begins[:, None], _NEVER)
+            scores.index_copy_(1, self._begin_suppressed, some)
 
 
 def _force(scores: Tensor, where: Tensor, token: int) -> None:
@@ -127,24 +142,24 @@ def _force(scores: Tensor, where: Tensor, token: int) -> None:
     scores[:, token].masked_fill_(where, 0.0)
 
 
-def _penalize(group: Group, scores: Tensor) -> None:
+def _penalize(group: Group, view: View, scores: Tensor) -> None:
     """Repetition penalty (Keskar et al. 2019) on every token that a row has, once."""
-    count, beams, state = len(group), group.beams, group.state
-    longest = group.longest + 1
+    count, beams, state = view.slots, group.beams, group.state
+    longest = view.depth
     tokens = state.tokens[:count, :, :longest].flatten(0, 1)
     position = torch.arange(longest, device=scores.device)
-    behind = position > state.steps[:count].repeat_interleave(beams)[:, None]
+    behind = position > _by_row(state.steps[:count], beams)[:, None]
     tokens = torch.where(behind, tokens[:, :1], tokens)  # the start token again: once is once
-    penalty = state.repetition[:count].repeat_interleave(beams)[:, None]
+    penalty = _by_row(state.repetition[:count], beams)[:, None]
     had = scores.gather(1, tokens)
     scores.scatter_(1, tokens, torch.where(had < 0, had * penalty, had / penalty))
 
 
-def _ban_repeats(group: Group, scores: Tensor, size: int, asks: Tensor) -> None:
+def _ban_repeats(group: Group, view: View, scores: Tensor, size: int, asks: Tensor) -> None:
     """Ban tokens that would repeat a run of `size` tokens, in rows where `asks` is true."""
-    count, beams, state = len(group), group.beams, group.state
-    length = (state.steps[:count] + 1).repeat_interleave(beams)  # start token included
-    longest = group.longest + 1
+    count, beams, state = view.slots, group.beams, group.state
+    length = _by_row(state.steps[:count], beams) + 1  # start token included
+    longest = view.depth
     if longest < size:
         return
     tokens = state.tokens[:count, :, :longest].flatten(0, 1)
@@ -157,6 +172,11 @@ def _ban_repeats(group: Group, scores: Tensor, size: int, asks: Tensor) -> None:
         repeats &= (runs[:, :, :-1] == recent[:, None]).all(-1)
     penalty = torch.zeros(repeats.shape, device=scores.device).masked_fill_(repeats, _NEVER)
     scores.scatter_add_(1, runs[:, :, -1], penalty)
+
+
+def _by_row(values: Tensor, beams: int) -> Tensor:
+    """Each document's value for each of its beams."""
+    return values if beams == 1 else values.repeat_interleave(beams)
 
 
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
