@@ -31,7 +31,6 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # it listens on loopback only
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
 os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
-os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
 
 import httpx
 import numpy as np

@@ -51,10 +51,9 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # On this terminal: the service's own JSON lines, whole. Serve's go to the session's folder.
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    # Neither replicas' own code nor Serve's router has an event loop and thread of its own: each
-    # would have to wait for Python's lock, which an engine's thread holds most of the time.
+    # A replica's own code has no event loop and thread of its own beside Serve's: each has to wait
+    # for Python's lock, which an engine's thread holds most of the time.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",

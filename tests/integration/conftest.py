@@ -15,7 +15,6 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # As `t5-serve run` and the chart have it.
 os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
 os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
-os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
 
 import httpx
 import pytest

@@ -217,11 +217,9 @@ seccompProfile:
 # in Ray's folder of logs, as `serve.logging` says.
 - name: RAY_SERVE_LOG_TO_STDERR
   value: "0"
-# Neither replicas' own code nor Serve's router has an event loop and thread of its own: each would
-# have to wait for Python's lock, which an engine's thread holds most of the time.
+# A replica's own code has no event loop and thread of its own beside Serve's: each has to wait for
+# Python's lock, which an engine's thread holds most of the time.
 - name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD
-  value: "0"
-- name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP
   value: "0"
 {{- if not .Values.rayAuth.enabled }}
 # Said outright: Ray's default differs between versions.

@@ -98,6 +98,10 @@ class TorchRunner:
 
     def admit(self, entries: Sequence[Entry]) -> None:
         """See `Runner.admit`."""
+        # Before anything is encoded: that would lie where a group that makes way has been, and a
+        # new one wants much of it in one piece.
+        for beams in {entry.request.settings.num_beams for entry in entries}:
+            self._group(beams)
         try:
             for batch in _microbatches(entries, self._similar):
                 encoded = self._encode(batch)
