@@ -121,6 +121,7 @@ def _strike(service: LocalService, fault: Fault, seed: str, outcome: Outcome) ->
     outcome.requests, outcome.lost = len(load.requests), len(lost(load.requests))
     outcome.recovery_s, outcome.endings = ended - over, counts(load.requests)
     if fault.ends_service:
+        ended = time.monotonic()  # it stays gone
         status, said = service.ended(), service.said()
         if status != 2 or not any(_ENDS_WITH in line for line in said):
             outcome.broken.append(f"t5-serve run ended with {status}: {said[-3:]}")
