@@ -1,6 +1,6 @@
 """Rarer faults, under constant load: `make test-cluster FAULTS=1`.
 
-They take some 25 minutes more, most of it waiting for what Kubernetes and Ray give up only after
+They take some 12 minutes more, most of it waiting for what Kubernetes and Ray give up only after
 minutes. Each is a figure of docs/reliability.md.
 """
 
@@ -22,6 +22,7 @@ from tests.cluster.sidecar import SidecarLogs
 _RATE = 2.0
 _SETTLE_S = 5.0
 _FEW = 0.01  # of requests: what a fault beside the data path may cost
+_NOT_READY = 0.05  # of requests, while Kubernetes takes nodes for lost that it could not ask
 _STOPPED_S = 60.0
 _TWO = "--set=summarizer.autoscaling_config.min_replicas=2"
 _ACCELERATOR = "cloud.google.com/gke-accelerator"
@@ -37,7 +38,7 @@ _UNMOUNT = _LIBC + "assert libc.umount2(folder, 2) == 0  # MNT_DETACH"
 pytestmark = [
     pytest.mark.skipif(
         os.environ.get("T5_CLUSTER_FAULTS") != "1",
-        reason="25 minutes more: make test-cluster FAULTS=1",
+        reason="12 minutes more: make test-cluster FAULTS=1",
     ),
     pytest.mark.timeout(2_400),
 ]
@@ -169,9 +170,10 @@ def test_the_api_server_is_gone_for_a_minute(release: Release, token: str, figur
         "API server stopped for 60 s",
         f"the service's state is told again after {took:.0f} s, {_told(load, since)}",
     )
-    # Nothing on a request's way asks it.
+    # Nothing on a request's way asks it. Once it is back, nodes may be NotReady for some seconds,
+    # and then nothing is sent to them.
     assert [one for one in load.failed if one.sent < resumed] == []
-    assert len(load.failed) <= _FEW * len(load.answers)
+    assert len(load.failed) <= _NOT_READY * len(load.answers)
     assert kube.replicas("Api") == api
     assert kube.replicas("Summarizer") == engines
 
