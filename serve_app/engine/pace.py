@@ -93,10 +93,10 @@ class Pace:
     ) -> float | None:
         """Seconds until the last token of `entry`, if those `ahead` of it all come first.
 
-        Rows are taken in order, each by whoever is next when it becomes free. Once it has begun,
-        `entry` is taken to run in a batch as full as its own time allows: to let in who would be in
-        time only in a batch of few rows, after a long wait, keeps the batch at few rows, and the
-        wait long.
+        Rows are taken in order, each by whoever is next when it becomes free, which is at its
+        document's deadline at the latest. Once it has begun, `entry` is taken to run in a batch as
+        full as its own time allows: to let in who would be in time only in a batch of few rows,
+        after a long wait, keeps the batch at few rows, and the wait long.
 
         Returns:
             None: it begins at once, or nobody knows.
@@ -108,7 +108,13 @@ class Pace:
         most = self.rows((self.step_s(one, now) for one in (*running, *waiting)), used)
         if used + sum(map(_rows, waiting)) <= most:
             return None
-        free_at = [self._steps(one) for one in running for _ in range(_rows(one))]
+        fixed_s, more_s = self._meter.step
+        step_s = max(fixed_s + most * more_s, 1e-9)
+        free_at = [
+            min(self._steps(one), self._left_s(one, now) / step_s)
+            for one in running
+            for _ in range(_rows(one))
+        ]
         free_at += [0.0] * (most - used)
         heapq.heapify(free_at)
         begins = 0.0
@@ -117,9 +123,8 @@ class Pace:
             begins = [heapq.heappop(free_at) for _ in range(taken)][-1]
             for _ in range(taken):
                 heapq.heappush(free_at, begins + self._steps(one))
-        fixed_s, more_s = self._meter.step
         full = self.rows([self.step_s(entry, now)], used)
-        stepping_s = begins * (fixed_s + most * more_s)
+        stepping_s = begins * step_s
         stepping_s += self._steps(entry) * (fixed_s + full * more_s)
         seconds = stepping_s / (1 - self._meter.encoding)
         return min(seconds, _BAD_TIME_S + seconds * self._meter.computing)
@@ -135,6 +140,13 @@ class Pace:
             return None
         late = expected - _MARGIN * (entry.request.deadline - now)
         return late if late > 0 else None
+
+    def _left_s(self, entry: Entry, now: float) -> float:
+        """Seconds of steps until the entry's deadline."""
+        deadline = entry.request.deadline
+        if deadline is None:
+            return math.inf
+        return max(deadline - now, 0.0) * (1 - self._meter.encoding)
 
     def _known(self, now: float) -> bool:
         """Whether what was measured says something of now."""

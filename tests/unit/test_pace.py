@@ -68,6 +68,13 @@ def test_beams_wait_for_as_many_rows_and_lengths_are_kept_to() -> None:
     assert paced().expected_s(long, running, [], now=1.0) == pytest.approx(32 * 0.01 * 3)
 
 
+def test_a_row_is_free_at_its_deadline_at_the_latest() -> None:
+    # In 0.06 s, of which a third is for two steps of 10 ms; then 10 of its own.
+    running = [entry(1.0 + 0.06, min_new_tokens=500), *[entry(min_new_tokens=500)] * 3]
+    expected = paced().expected_s(entry(), running, [], now=1.0)
+    assert expected == pytest.approx(12 * 0.01 * 3)
+
+
 def test_who_is_expected_after_three_quarters_of_its_time_is_late() -> None:
     running = [entry()] * 4  # 10 steps, and 10 of its own: 0.6 s
     late = paced().late_s(entry(1.0 + 0.7), running, [], now=1.0)
