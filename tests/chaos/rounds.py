@@ -100,8 +100,8 @@ def play(
             say(outcome.row())
             for one in outcome.broken:
                 say(f"BROKEN: {one}")
-            if outcome.broken:
-                break
+            if outcome.broken or (fault.ends_service and not outcome.skipped):
+                break  # nothing is left to do another fault to
         left = service.stop()
         if outcomes:
             outcomes[-1].broken += [f"left behind: {one}" for one in left]
