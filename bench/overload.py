@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,15 @@ def running(folder: Path) -> Iterator[Live]:
         ray.shutdown()
 
 
+@cache
+def single_parts() -> list[str]:
+    """Texts of one part: a longer one can be refused after its first pass, so not at once."""
+    return [text for text in texts(200) if text.isascii() and len(text) < 600]
+
+
 def body(number: int, sizes: Sizes) -> bytes:
     """A short text with a long answer."""
-    # Of one part: a longer one can be refused after its first pass, which is no refusal at once.
-    pool = [text for text in texts(200) if text.isascii() and len(text) < 600]
+    pool = single_parts()
     tokens = sizes.output_tokens
     asked = {
         "text": pool[number % len(pool)], "min_new_tokens": tokens, "max_new_tokens": tokens,
@@ -135,7 +141,7 @@ def body(number: int, sizes: Sizes) -> bytes:
 
 
 def load(live: Live, rate: float, seconds: float, sizes: Sizes) -> tuple[Run, Measured]:
-    """Send at a rate, by Poisson, for so long; a client for each sixteenth request."""
+    """Send at a rate, by Poisson, for so long, as one client."""
     gaps = np.random.default_rng(round(rate * 1e3)).exponential(1 / rate, int(rate * seconds * 2))
     due = [float(one) for one in np.cumsum(gaps) if one < seconds]
     headers = {_CLIENT: "crowd", "Content-Type": "application/json"}

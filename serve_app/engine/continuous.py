@@ -70,7 +70,7 @@ class ContinuousEngine(EngineThread):
         if not self._runner.entries:
             return
         stepping = list(self._stepping())
-        documents, rows = len(stepping), _rows(stepping)
+        documents, rows = len(stepping), sum(entry.rows for entry in stepping)
         made = drafted = accepted = 0
         try:
             some = documents < len(self._runner.entries)
@@ -221,7 +221,7 @@ class ContinuousEngine(EngineThread):
     def _check(self) -> None:
         super()._check()
         entries, rows = self._runner.entries, self._runner.rows
-        taken = _rows(entries)
+        taken = sum(entry.rows for entry in entries)
         if not rows == taken == self._slots_used or any(entry.over for entry in entries):
             raise AssertionError(
                 f"{rows} rows are taken, {self._slots_used} by account, {taken} by documents"
@@ -268,15 +268,11 @@ class ContinuousEngine(EngineThread):
             self._slots_used = self._runner.rows
 
 
-def _rows(entries: Iterable[Entry]) -> int:
-    return sum(entry.request.settings.num_beams for entry in entries)
-
-
 def _by_share(entries: Iterable[Entry]) -> Counter[str]:
     """Rows of each share."""
     rows = Counter[str]()
     for entry in entries:
-        rows[entry.request.share] += entry.request.settings.num_beams
+        rows[entry.request.share] += entry.rows
     return rows
 
 

@@ -103,23 +103,23 @@ class Pace:
         """
         if not self._known(now):
             return None
-        used = sum(map(_rows, running))
+        used = sum(one.rows for one in running)
         waiting = [*ahead, entry]
         most = self.rows((self.step_s(one, now) for one in (*running, *waiting)), used)
-        if used + sum(map(_rows, waiting)) <= most:
+        if used + sum(one.rows for one in waiting) <= most:
             return None
         fixed_s, more_s = self._meter.step
         step_s = max(fixed_s + most * more_s, 1e-9)
         free_at = [
             min(self._steps(one), self._left_s(one, now) / step_s)
             for one in running
-            for _ in range(_rows(one))
+            for _ in range(one.rows)
         ]
         free_at += [0.0] * (most - used)
         heapq.heapify(free_at)
         begins = 0.0
         for one in waiting:
-            taken = min(_rows(one), len(free_at))
+            taken = min(one.rows, len(free_at))
             begins = [heapq.heappop(free_at) for _ in range(taken)][-1]
             for _ in range(taken):
                 heapq.heappush(free_at, begins + self._steps(one))
@@ -162,7 +162,3 @@ class Pace:
         least = settings.min_new_tokens / per_step
         total = most if mean is None else max(min(most, mean), least)
         return max(total - entry.made / per_step, 1.0)
-
-
-def _rows(entry: Entry) -> int:
-    return entry.request.settings.num_beams

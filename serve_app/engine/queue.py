@@ -31,6 +31,11 @@ class Entry:
         return len(self.request.input_ids)
 
     @property
+    def rows(self) -> int:
+        """Rows of the batch that it takes, one for each beam."""
+        return self.request.settings.num_beams
+
+    @property
     def cost(self) -> int:
         """What a turn for it costs its share: tokens to encode and, at most, to decode."""
         settings = self.request.settings

@@ -49,14 +49,14 @@ class Turns:
         used = Counter[str]()
         steps_s: list[float] = []  # how long a step may take
         for one in running:
-            used[one.request.share] += one.request.settings.num_beams
+            used[one.request.share] += one.rows
             steps_s.append(pace.step_s(one, now))
         rows, longest = used.total(), 0
         pulled: list[Entry] = []
         pulled_of = Counter[str]()
         held: set[str] = set()  # shares that may not have more now
         while (entry := queue.peek(held)) is not None:
-            share, beams = entry.request.share, entry.request.settings.num_beams
+            share, beams = entry.request.share, entry.rows
             padded = max(longest, entry.tokens)
             part = _PART if self._others(share, now) else 1
             crowded = used[share] and (used[share] + beams) * part > self._rows

@@ -141,7 +141,7 @@ class CpuRunner:
         found: list[Draft] = []
         rows = 0
         for index, (entry, slot) in enumerate(zip(laid.entries, laid.slots, strict=True)):
-            rows += entry.request.settings.num_beams
+            rows += entry.rows
             room = self._state.room(slot) - 1
             if entry.request.settings.num_beams > 1 or room < 1:
                 continue
@@ -178,7 +178,7 @@ class _Laid:
     def __init__(self, entries: Sequence[Entry], slots: Sequence[int]) -> None:
         self.entries, self.slots = list(entries), list(slots)
         documents = len(slots)
-        beams = sum(entry.request.settings.num_beams for entry in entries)
+        beams = sum(entry.rows for entry in entries)
         self.rows = StepRows(beams + _DRAFT_ROWS, documents)
         self.rows.documents = documents
         self.rows.slots.copy_(torch.tensor(self.slots, dtype=torch.int32))
